@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public functions: they check the arguments, choose an implementation, and shard_map it."""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from grug_kernels import dispatch
+from grug_kernels.attention import reference, xla
+from grug_kernels.attention.block_sizes import BlockSizes
+from grug_kernels.attention.mask import AttentionMask, Intervals
+from grug_kernels.sharding import Axes, sharded_axes, shards_of
+
+Implementation = Literal["xla", "reference"]
+IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {"xla": xla.attention, "reference": reference.attention}
+
+_NUMBER = int | float | np.number
+
+
+def attention(
+    q: Float[Array, "batch seq_len num_heads head_dim"],
+    k: Float[Array, "batch kv_len num_kv_heads head_dim"],
+    v: Float[Array, "batch kv_len num_kv_heads v_head_dim"],
+    mask: AttentionMask,
+    *,
+    sinks: Float[Array, " num_heads"] | None = None,
+    logit_soft_cap: float | None = None,
+    sm_scale: float | None = None,
+    implementation: Implementation | None = None,
+    block_sizes: BlockSizes | None = None,
+) -> Float[Array, "batch seq_len num_heads v_head_dim"]:
+    """The first result of `attention_with_lse`, which see."""
+    return attention_with_lse(
+        q,
+        k,
+        v,
+        mask,
+        sinks=sinks,
+        logit_soft_cap=logit_soft_cap,
+        sm_scale=sm_scale,
+        implementation=implementation,
+        block_sizes=block_sizes,
+    )[0]
+
+
+def attention_with_lse(
+    q: Float[Array, "batch seq_len num_heads head_dim"],
+    k: Float[Array, "batch kv_len num_kv_heads head_dim"],
+    v: Float[Array, "batch kv_len num_kv_heads v_head_dim"],
+    mask: AttentionMask,
+    *,
+    sinks: Float[Array, " num_heads"] | None = None,
+    logit_soft_cap: float | None = None,
+    sm_scale: float | None = None,
+    implementation: Implementation | None = None,
+    block_sizes: BlockSizes | None = None,
+) -> tuple[Float[Array, "batch seq_len num_heads v_head_dim"], Float[Array, "batch num_heads seq_len"]]:
+    """Each query's average of the values it sees, weighted by softmax, and the log-sum-exp of its scores.
+
+    For query i of head n, with key head n // (num_heads // num_kv_heads), over the keys j that `mask` lets it see:
+
+        z[j]  = sm_scale * sum_h q[i, h] * k[j, h]          with logit_soft_cap c:  c * tanh(z[j] / c)
+        lse   = log(sum_j exp(z[j]))                        with sinks:  log(exp(sinks[n]) + sum_j exp(z[j]))
+        out   = sum_j exp(z[j] - lse) * v[j]
+
+    Scores, softmax and sums are float32 whatever the inputs; `out` has their type, `lse` is float32. A query that sees
+    no key gives zeros and lse = -inf (with sinks: lse = sinks[n]), and its q gets no gradient. Differentiable in q, k,
+    v and sinks, through both results.
+
+    Under an explicit mesh q, k and v may be sharded over batch and heads, alike; the results are sharded the same way.
+
+    Args:
+      mask: which keys each query sees. The queries are the last seq_len of the kv_len positions.
+      sinks: for each head, the score of a key that every query sees and that has no value.
+      sm_scale: 1 / sqrt(head_dim) unless given.
+      implementation: "xla" (blockwise, memory linear in length), "reference" (the definition, all scores at once), or
+        None to choose for the platform.
+      block_sizes: of a blockwise implementation, in place of its own choice.
+
+    Raises:
+      ValueError: arguments that no implementation could take.
+      dispatch.UnsupportedError: ones that the named implementation does not take.
+
+    Sources: arXiv:1706.03762 (attention), arXiv:2305.13245 (grouped heads), arXiv:2408.00118 (soft cap),
+    arXiv:2309.17453 (sinks).
+    """
+    _check(q, k, v, sinks)
+    _check_numbers(sm_scale, logit_soft_cap)
+    batch, seq_len, _, head_dim = q.shape
+    run = partial(
+        dispatch.call,
+        "attention",
+        implementation,
+        IMPLEMENTATIONS,
+        sm_scale=1 / math.sqrt(head_dim) if sm_scale is None else float(sm_scale),
+        logit_soft_cap=None if logit_soft_cap is None else float(logit_soft_cap),
+        block_sizes=block_sizes,
+    )
+    if AxisType.Explicit in jax.typeof(q).sharding.mesh.axis_types:
+        return _run_sharded(run, q, k, v, mask, sinks)
+    return run(q, k, v, mask.intervals(batch, seq_len, k.shape[1]), sinks)
+
+
+def _run_sharded(run: Callable[..., Any], q, k, v, mask: AttentionMask, sinks):
+    """`run` on each shard of the batch and the heads: no shard needs anything of another."""
+    batch_axes, head_axes = _batch_and_head_axes(q, k, v)
+    if mask.segment_ids is not None:
+        _require_whole("segment_ids", jnp.asarray(mask.segment_ids), {1: "kv_len"})
+    by_batch, by_head, by_both = P(batch_axes, None), P(head_axes), P(batch_axes, None, head_axes, None)
+    # Mask and sinks are small, and may come whole. The intervals are made out here, once for all shards of the heads.
+    intervals = mask.intervals(q.shape[0], q.shape[1], k.shape[1])
+    intervals = Intervals(*(jax.reshard(bound, by_batch) for bound in intervals))
+    sinks = None if sinks is None else jax.reshard(sinks, by_head)
+    sharded = jax.shard_map(
+        run,
+        in_specs=(by_both, by_both, by_both, by_batch, by_head),
+        out_specs=(by_both, P(batch_axes, head_axes, None)),
+    )
+    return sharded(q, k, v, intervals, sinks)
+
+
+def _batch_and_head_axes(q, k, v) -> tuple[Axes, Axes]:
+    """Mesh axes over which the batch and the heads are split, the same for q, k and v."""
+    _require_whole("q", q, {1: "seq_len", 3: "head_dim"})
+    _require_whole("k", k, {1: "kv_len", 3: "head_dim"})
+    _require_whole("v", v, {1: "kv_len", 3: "v_head_dim"})
+    batch_axes, _, head_axes, _ = sharded_axes(q)
+    num_kv_heads, head_shards = k.shape[2], shards_of(head_axes)
+    if num_kv_heads % head_shards:
+        raise ValueError(
+            f"attention: num_kv_heads={num_kv_heads} cannot be split into {head_shards} shards, as the heads of q"
+            f" {q.shape} are over mesh axes {head_axes}. Use a model axis that divides num_kv_heads, or more key heads."
+        )
+    for name, x in {"k": k, "v": v}.items():
+        axes = sharded_axes(x)
+        if (axes[0], axes[2]) != (batch_axes, head_axes):
+            raise ValueError(
+                f"attention: {name} is split over mesh axes {axes[0]} by batch and {axes[2]} by head, but q over"
+                f" {batch_axes} and {head_axes}. Each shard of q needs its own keys:"
+                f" jax.reshard({name}, P({batch_axes}, None, {head_axes}))."
+            )
+    return batch_axes, head_axes
+
+
+def _require_whole(name: str, x, dimensions: Mapping[int, str]) -> None:
+    axes = sharded_axes(x)
+    for dimension, extent in dimensions.items():
+        if axes[dimension]:
+            raise ValueError(
+                f"attention: {extent} of {name} {x.shape} is split over mesh axes {axes[dimension]}, and has to be"
+                f" whole. Split the batch or the heads instead, or jax.reshard {name} first."
+            )
+
+
+def _check(q, k, v, sinks) -> None:
+    for name, x in {"q": q, "k": k, "v": v}.items():
+        if x.ndim != 4:
+            raise ValueError(f"attention: {name} has shape {x.shape}, expected [batch, length, heads, head_dim].")
+        if x.dtype != q.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"attention: {name} is {x.dtype}, and q {q.dtype}. Cast q, k and v to one floating-point type."
+            )
+    shapes = f"(q {q.shape}, k {k.shape}, v {v.shape})"
+    (batch, _, num_heads, head_dim), num_kv_heads = q.shape, k.shape[2]
+    if k.shape[3] != head_dim:
+        raise ValueError(
+            f"attention: q has head_dim={head_dim} and k {k.shape[3]} {shapes}. They are multiplied, and have to agree;"
+            " only v may differ."
+        )
+    if k.shape[0] != batch or k.shape[:3] != v.shape[:3]:
+        raise ValueError(
+            f"attention: batch, kv_len and num_kv_heads do not agree {shapes}. Expected q [batch, seq_len, num_heads,"
+            " head_dim], k [batch, kv_len, num_kv_heads, head_dim], v [batch, kv_len, num_kv_heads, v_head_dim]."
+        )
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"attention: num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads} {shapes}. Each key head"
+            " serves num_heads // num_kv_heads query heads; choose a num_kv_heads that divides num_heads."
+        )
+    if sinks is not None and (sinks.shape != (num_heads,) or not jnp.issubdtype(sinks.dtype, jnp.floating)):
+        raise ValueError(
+            f"attention: sinks are {sinks.dtype} {sinks.shape}, expected a floating-point number for each head, shape"
+            f" ({num_heads},)."
+        )
+
+
+def _check_numbers(sm_scale, logit_soft_cap) -> None:
+    if sm_scale is not None and not isinstance(sm_scale, _NUMBER):
+        raise ValueError(
+            f"attention: sm_scale is a {type(sm_scale).__name__}, expected a number known at trace time."
+            " Multiply q by a learned scale instead."
+        )
+    if logit_soft_cap is not None and not (isinstance(logit_soft_cap, _NUMBER) and logit_soft_cap > 0):
+        raise ValueError(
+            f"attention: logit_soft_cap={logit_soft_cap!r}, expected a number above 0, or None for no cap."
+        )

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blockwise attention in plain jnp: online softmax forward, recomputed scores backward, no array of q_len * kv_len.
+
+Both passes run one row of the batch after another, in it one block of queries after another, and for each the key
+blocks of its plan (`mask.visited_key_blocks`) and no others, by a loop with bounds known at run time only. One row at a
+time lets every row have its own plan, and keeps the scores of a block in the cache of a CPU: 8 rows of 256 tokens take
+half the time that they take all at once. A GPU would rather have more at a time.
+
+Layouts inside: one row, heads outermost, so that each matmul is one head's block of keys against the stacked query
+blocks of its whole group (`[group * block_q, head_dim]`), and k and v are never repeated.
+
+    queries [q_blocks, num_kv_heads, group, block_q, head_dim]     keys [kv_blocks, num_kv_heads, block_kv, head_dim]
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from grug_kernels.attention.block_sizes import BlockSizes, default_block_sizes
+from grug_kernels.attention.mask import Intervals, visited_key_blocks
+
+# Stands for "no score yet". Finite: -inf - -inf is NaN, and would poison rows that see nothing.
+_NO_SCORE = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+@dataclass(frozen=True)
+class _Static:
+    sm_scale: float
+    logit_soft_cap: float | None
+    block_sizes: BlockSizes
+
+
+class _BlockMask(NamedTuple):
+    """The keys lower <= j < upper that each query of a block sees: all lie in the key blocks first <= n < last."""
+
+    lower: Int[Array, " block_q"]
+    upper: Int[Array, " block_q"]
+    first: Int[Array, ""]
+    last: Int[Array, ""]
+
+
+class _QueryBlock(NamedTuple):
+    """What the backward pass reads of one block of queries."""
+
+    q: Float[Array, "num_kv_heads group block_q head_dim"]
+    dout: Float[Array, "num_kv_heads group block_q v_head_dim"]
+    lse: Float[Array, "num_kv_heads group block_q 1"]
+    delta: Float[Array, "num_kv_heads group block_q 1"]
+    mask: _BlockMask
+
+
+def attention(
+    q: Float[Array, "batch q_len num_heads head_dim"],
+    k: Float[Array, "batch kv_len num_kv_heads head_dim"],
+    v: Float[Array, "batch kv_len num_kv_heads v_head_dim"],
+    intervals: Intervals,
+    sinks: Float[Array, " num_heads"] | None,
+    *,
+    sm_scale: float,
+    logit_soft_cap: float | None,
+    block_sizes: BlockSizes | None,
+) -> tuple[Float[Array, "batch q_len num_heads v_head_dim"], Float[Array, "batch num_heads q_len"]]:
+    """See `api.attention_with_lse`.
+
+    Cost of a row for S = q_len = kv_len, N heads of H, V = v_head_dim, a share c of the blocks visited, and one
+    multiply-add as 2 FLOPs:
+        forward 2cNS²(H + V); backward 2cNS²(3H + 2V), since the scores are computed a second time.
+        Kept for the backward pass: out and lse, named "attention_out" and "attention_lse" for remat policies.
+        Working memory: the scores of one block, and backward dk and dv of one row in float32.
+
+    What the backward pass loses by reading these two instead of all weights: exp(score - lse) is off by eps * |lse|
+    of float32, and delta (see `_backward`) by the rounding of out to the type of q.
+
+    Source: arXiv:2205.14135 (online softmax by blocks), arXiv:2307.08691 (one division at the end, backward from lse).
+    """
+    block_sizes = block_sizes or default_block_sizes(q.shape[1], k.shape[1])
+    return _attention(_Static(sm_scale, logit_soft_cap, block_sizes), *_vary_alike((q, k, v, sinks, intervals)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(static: _Static, q, k, v, sinks, intervals):
+    return _forward(static, q, k, v, sinks, intervals)[0]
+
+
+def _forward(static: _Static, q, k, v, sinks, intervals):
+    num_kv_heads = k.shape[2]
+    block_q, block_kv = static.block_sizes.block_q, static.block_sizes.block_kv
+    head_sinks = None if sinks is None else sinks.astype(jnp.float32).reshape(num_kv_heads, -1, 1, 1)
+
+    def row(inputs):
+        queries, masks, keys, values = inputs
+        return lax.map(
+            lambda block: _forward_block(static, block[0], block[1], keys, values, head_sinks), (queries, masks)
+        )
+
+    queries = _query_blocks(q, num_kv_heads, block_q)
+    masks = _block_masks(intervals, static.block_sizes)
+    results = lax.map(row, (queries, masks, _key_blocks(k, block_kv), _key_blocks(v, block_kv)))
+    out, lse = (_from_query_blocks(blocks, q.shape[1]) for blocks in results)
+    out = checkpoint_name(out, "attention_out")
+    lse = checkpoint_name(lse[..., 0].swapaxes(1, 2), "attention_lse")
+    return (out, lse), (q, k, v, sinks, intervals, out, lse)
+
+
+def _backward(static: _Static, residuals, cotangents):
+    """With p = exp(score - lse) and delta = dout . out - dlse: dscore = p * (dout . v - delta); and a sink has no v, so
+    that dsink = -sum p_sink * delta.
+
+    dsinks cancels heavily, so that the rounding of out would show. It reads dout . out as sum p * (dout . v) instead.
+    """
+    q, k, v, sinks, intervals, out, lse = residuals
+    dout, dlse = cotangents
+    num_kv_heads, (block_q, block_kv) = k.shape[2], (static.block_sizes.block_q, static.block_sizes.block_kv)
+    lse = jnp.where(lse == -jnp.inf, 0.0, lse)  # so that exp(score - lse) is finite where nothing is seen
+    lse, dlse = (x.swapaxes(1, 2)[..., None] for x in (lse, dlse))  # [batch, q_len, num_heads, 1], laid out like q
+    delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(axis=3, keepdims=True) - dlse
+
+    def row(inputs):
+        blocks, keys, values = inputs
+        zeros = _vary_with(keys, tuple(jnp.zeros(x.shape, jnp.float32) for x in (keys, values)))
+        (dk, dv), by_query = lax.scan(
+            lambda sums, block: _backward_block(static, sums, block, keys, values), zeros, blocks
+        )
+        return *by_query, dk.astype(k.dtype), dv.astype(v.dtype)
+
+    blocks = _QueryBlock(
+        *(_query_blocks(x, num_kv_heads, block_q) for x in (q, dout, lse, delta)),
+        mask=_block_masks(intervals, static.block_sizes),
+    )
+    dq, dout_out, dk, dv = lax.map(row, (blocks, _key_blocks(k, block_kv), _key_blocks(v, block_kv)))
+    dq, dout_out = (_from_query_blocks(x, q.shape[1]) for x in (dq, dout_out))
+    dk, dv = (_from_key_blocks(x, k.shape[1]) for x in (dk, dv))
+    if sinks is None:
+        return dq, dk, dv, None, None
+    sink_weights = jnp.exp(sinks.astype(jnp.float32)[None, None, :, None] - lse)
+    return dq, dk, dv, -(sink_weights * (dout_out - dlse)).sum(axis=(0, 1, 3)).astype(sinks.dtype), None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _forward_block(static: _Static, q, mask: _BlockMask, keys, values, sinks):
+    """out and lse [num_kv_heads, group, block_q, v_head_dim | 1] of one query block, over the key blocks of its plan.
+
+    Between key blocks: the largest score so far, the sum of exp(score - largest), and that sum weighted with v. A row
+    that has seen nothing yet has largest = _NO_SCORE and arbitrary sums, which the first score seen multiplies by
+    exp(_NO_SCORE - score) = 0.
+    """
+
+    def add_key_block(n, state):
+        largest, total, weighted = state
+        key, value = _at(keys, n), _at(values, n)
+        scores, visible = _scores(static, q, key, mask, n)
+        scores = jnp.where(visible, scores, _NO_SCORE)
+        new_largest = jnp.maximum(largest, scores.max(axis=3, keepdims=True))
+        rescale = jnp.exp(largest - new_largest)
+        weights = jnp.exp(scores - new_largest)
+        total = rescale * total + weights.sum(axis=3, keepdims=True)
+        added = jnp.einsum("kgts,ksh->kgth", weights.astype(v_dtype), value, preferred_element_type=jnp.float32)
+        return new_largest, total, rescale * weighted + added
+
+    v_dtype, column = values.dtype, (*q.shape[:3], 1)
+    if sinks is None:
+        largest, total = jnp.full(column, _NO_SCORE, jnp.float32), jnp.zeros(column, jnp.float32)
+    else:  # A sink is a key that everyone sees, without a value. At -inf it is none.
+        largest = jnp.broadcast_to(jnp.maximum(sinks, _NO_SCORE), column)
+        total = jnp.exp(sinks - largest)
+    start = _vary_with(q, (largest, total, jnp.zeros((*q.shape[:3], values.shape[-1]), jnp.float32)))
+    largest, total, weighted = _for_key_blocks(mask, keys.shape[0], add_key_block, start)
+    sees = (mask.lower < mask.upper)[None, None, :, None]
+    lse = jnp.where(sees, largest + jnp.log(total), -jnp.inf if sinks is None else sinks)
+    return jnp.where(sees, weighted / total, 0.0).astype(q.dtype), lse
+
+
+def _backward_block(static: _Static, sums, block: _QueryBlock, keys, values):
+    """Adds one query block to sums = (dk, dv), float32 in the layout of the keys.
+
+    Returns the sums, and of the queries dq and sum p * (dout . v) = dout . out, float32 [..., block_q, 1].
+    """
+
+    def add_key_block(n, state):
+        dq, dout_out, dk, dv = state
+        key, value = _at(keys, n), _at(values, n)
+        scores, visible = _scores(static, block.q, key, block.mask, n)
+        weights = jnp.where(visible, jnp.exp(scores - block.lse), 0.0)
+        dweights = jnp.einsum("kgth,ksh->kgts", block.dout, value, preferred_element_type=jnp.float32)
+        dout_out = dout_out + (weights * dweights).sum(axis=3, keepdims=True)
+        dscores = static.sm_scale * weights * (dweights - block.delta)
+        if static.logit_soft_cap is not None:
+            dscores = dscores * (1.0 - (scores / static.logit_soft_cap) ** 2)  # tanh' = 1 - tanh²
+        dscores, weights = dscores.astype(key.dtype), weights.astype(value.dtype)
+        dq = dq + jnp.einsum("kgts,ksh->kgth", dscores, key, preferred_element_type=jnp.float32)
+        dk_n = jnp.einsum("kgts,kgth->ksh", dscores, block.q, preferred_element_type=jnp.float32)
+        dv_n = jnp.einsum("kgts,kgth->ksh", weights, block.dout, preferred_element_type=jnp.float32)
+        return dq, dout_out, _add_at(dk, n, dk_n), _add_at(dv, n, dv_n)
+
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (block.q, block.delta))
+    start = (*_vary_with(block.q, zeros), *sums)
+    dq, dout_out, dk, dv = _for_key_blocks(block.mask, keys.shape[0], add_key_block, start)
+    return (dk, dv), (dq.astype(block.q.dtype), dout_out)
+
+
+def _scores(static: _Static, q, key, mask: _BlockMask, n):
+    """Scaled and capped scores [num_kv_heads, group, block_q, block_kv] with key block n, and which of them count."""
+    scores = static.sm_scale * jnp.einsum("kgth,ksh->kgts", q, key, preferred_element_type=jnp.float32)
+    if static.logit_soft_cap is not None:
+        scores = static.logit_soft_cap * jnp.tanh(scores / static.logit_soft_cap)
+    position = n * static.block_sizes.block_kv + jnp.arange(key.shape[1], dtype=jnp.int32)[None, :]
+    visible = (mask.lower[:, None] <= position) & (position < mask.upper[:, None])
+    return scores, visible[None, None]
+
+
+def _for_key_blocks(mask: _BlockMask, kv_blocks: int, body, start):
+    # One block needs no loop: a loop whose bounds XLA cannot see would keep it from fusing.
+    return body(0, start) if kv_blocks == 1 else lax.fori_loop(mask.first, mask.last, body, start)
+
+
+def _at(blocks, n):
+    return lax.dynamic_index_in_dim(blocks, n, keepdims=False)
+
+
+def _add_at(blocks, n, added):
+    return lax.dynamic_update_index_in_dim(blocks, _at(blocks, n) + added, n, 0)
+
+
+def _block_masks(intervals: Intervals, block_sizes: BlockSizes) -> _BlockMask:
+    """Leading axes [batch, q_blocks] on every field."""
+    lower, upper = (_in_blocks(bound, block_sizes.block_q) for bound in intervals)
+    return _BlockMask(lower, upper, *visited_key_blocks(intervals, block_sizes))
+
+
+def _query_blocks(x, num_kv_heads: int, block_q: int):
+    """[batch, q_len, num_heads, d] -> [batch, q_blocks, num_kv_heads, group, block_q, d], zeros at the end."""
+    blocks = _in_blocks(x, block_q)
+    return blocks.reshape(*blocks.shape[:3], num_kv_heads, -1, x.shape[-1]).transpose(0, 1, 3, 4, 2, 5)
+
+
+def _from_query_blocks(blocks, q_len: int):
+    batch, _, num_kv_heads, group, _, d = blocks.shape
+    return blocks.transpose(0, 1, 4, 2, 3, 5).reshape(batch, -1, num_kv_heads * group, d)[:, :q_len]
+
+
+def _key_blocks(x, block_kv: int):
+    """[batch, kv_len, num_kv_heads, d] -> [batch, kv_blocks, num_kv_heads, block_kv, d], zeros at the end."""
+    return _in_blocks(x, block_kv).swapaxes(2, 3)
+
+
+def _from_key_blocks(blocks, kv_len: int):
+    batch, _, num_kv_heads, _, d = blocks.shape
+    return blocks.swapaxes(2, 3).reshape(batch, -1, num_kv_heads, d)[:, :kv_len]
+
+
+def _in_blocks(x, block: int):
+    """[batch, length, ...] -> [batch, blocks, block, ...]."""
+    padding = [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, padding).reshape(x.shape[0], -1, block, *x.shape[2:])
+
+
+def _vary_alike(tree):
+    """Inside a shard_map: the arrays of `tree`, all varying over the mesh axes that any of them varies over.
+
+    A sink that is the same on every batch shard is then marked as varying before the custom gradient sees it, and JAX
+    sums its gradient over those shards.
+    """
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree)))
+    return jax.tree.map(partial(_vary_over, axes), tree)
+
+
+def _vary_with(reference, tree):
+    """`tree`, varying over the mesh axes that `reference` varies over, as a loop's first state has to."""
+    return jax.tree.map(partial(_vary_over, jax.typeof(reference).manual_axis_type.varying), tree)
+
+
+def _vary_over(axes: frozenset[str], x):
+    missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
+    return lax.pcast(x, missing, to="varying") if missing else x

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an implementation must know beside the arrays: the loss's constants, and how the mesh splits the arrays."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from grug_kernels.cross_entropy.block_sizes import BlockSizes
+from grug_kernels.sharding import Axes, sharded_axes
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Mesh axes, each tuple empty where nothing is split.
+
+    token_axes: split the tokens. vocab_axes: split the vocabulary and stay split.
+    gather_axes: split hidden_dim of lm_head (FSDP), a subset of token_axes. The weight is gathered over them before
+    its use, and its gradient is reduce-scattered over them.
+    """
+
+    token_axes: Axes = ()
+    vocab_axes: Axes = ()
+    gather_axes: Axes = ()
+
+    @staticmethod
+    def of(hidden: jax.Array, lm_head: jax.Array) -> "Shards":
+        """Read from the arrays' own shardings; raises ValueError where hidden_dim of `hidden` is split."""
+        token_axes, hidden_axes = sharded_axes(hidden)
+        weight_axes, vocab_axes = sharded_axes(lm_head)
+        if hidden_axes:
+            raise ValueError(
+                f"cross_entropy: hidden is sharded over {hidden_axes} in its hidden_dim"
+                f" ({jax.typeof(hidden)}), but each token's vector must be whole on its device."
+                f" Reshard it first: jax.reshard(hidden, P({token_axes or None}, None))."
+            )
+        # One axis cannot split both: devices with different tokens need the whole vocabulary between them for each.
+        vocab_axes = tuple(axis for axis in vocab_axes if axis not in token_axes)
+        # Over an axis that does not split tokens every device has the same gradient: nothing to reduce-scatter.
+        gather_axes = tuple(axis for axis in weight_axes if axis in token_axes)
+        return Shards(token_axes, vocab_axes, gather_axes)
+
+    def place(self, hidden: jax.Array, lm_head: jax.Array, *per_token: jax.Array) -> tuple[jax.Array, ...]:
+        """The arrays, moved to the layout of `specs`. Moves nothing in the common case; gradients move back."""
+        if not self.any_axes:
+            return hidden, lm_head, *per_token
+        return tuple(
+            jax.reshard(x, spec)
+            for x, spec in zip((hidden, lm_head, *per_token), self.specs(len(per_token)), strict=True)
+        )
+
+    def specs(self, num_per_token: int) -> tuple[P, ...]:
+        """Of hidden [tokens, hidden_dim], lm_head [hidden_dim, vocab_size] and so many arrays [tokens]."""
+        tokens = self.token_axes or None
+        return P(tokens, None), P(self.gather_axes or None, self.vocab_axes or None), *(P(tokens),) * num_per_token
+
+    def map(self, local: Callable[..., Any], out_specs: Any, *arrays: jax.Array) -> Any:
+        """`local(*arrays)` on each device's shards of arrays that `place` returned."""
+        if not self.any_axes:
+            return local(*arrays)
+        return jax.shard_map(local, in_specs=self.specs(len(arrays) - 2), out_specs=out_specs)(*arrays)
+
+    @property
+    def reduce_axes(self) -> Axes:
+        """Those that split tokens and not the head: its gradient is summed over them."""
+        return tuple(axis for axis in self.token_axes if axis not in self.gather_axes)
+
+    @property
+    def any_axes(self) -> bool:
+        return bool(self.token_axes or self.vocab_axes or self.gather_axes)
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The same for every implementation; all of it constant in the compiled program. `None`: no cap; choose blocks."""
+
+    z_loss_weight: float = 0.0
+    logit_soft_cap: float | None = None
+    block_sizes: BlockSizes | None = None
+    shards: Shards = Shards()

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading the explicit sharding of an array, so that an op can `shard_map` itself and no caller has to."""
+
+from collections.abc import Iterable
+
+import jax
+from jax.sharding import AxisType
+
+Axes = tuple[str, ...]
+
+
+def sharded_axes(x: jax.Array) -> tuple[Axes, ...]:
+    """Mesh axes over which each dimension of `x` is split: one tuple of names per dimension, `()` where it is whole.
+
+    Without a mesh, inside a `shard_map`, and over automatic axes, every dimension is whole.
+    """
+    sharding = jax.typeof(x).sharding
+    mesh = sharding.mesh
+    if mesh.empty:
+        return ((),) * x.ndim
+    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+    spec = tuple(sharding.spec) + (None,) * (x.ndim - len(sharding.spec))
+    names = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec]
+    return tuple(tuple(name for name in entry if name in explicit) for entry in names)
+
+
+def shards_of(axes: Iterable[str]) -> int:
+    """Into how many pieces the current mesh splits a dimension that is sharded over `axes`."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    pieces = 1
+    for name in axes:
+        pieces *= shape[name]
+    return pieces

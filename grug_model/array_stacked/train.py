@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State, step and loop of this variant. What every variant shares is called from `train/`, in a line each."""
+
+from functools import partial
+from itertools import chain
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from grug_kernels.attention import AttentionMask
+from grug_kernels.chips import peak_flops
+from train import lev
+from train.checkpoint import Checkpoints, restore_latest_or_initialize
+from train.compiled import compile_step
+from train.config import GrugTrainerConfig
+from train.data import build_train_dataset, build_train_loader, iter_from_step, mixture_metrics, prepare
+from train.evaluate import build_tagged_evaluator
+from train.mesh import create_mesh
+from train.metrics import Meter, start_tracker
+from train.optimizer import hyperparameters
+from train.outcome import advice_on_failure, already_finished, baselines, finish
+from train.progress import Progress, phase
+from train.rundir import as_dict, check_fit, check_vocab_size, open_run, say
+from train.sample import sample
+
+from .model import GrugModelConfig, GrugModelParameters, Transformer, matrix_axes
+
+if TYPE_CHECKING:
+    from .launch import GrugBaseLaunchConfig
+
+
+class GrugTrainState(eqx.Module):
+    """Everything a checkpoint holds. `step` counts completed steps."""
+
+    step: Int[Array, ""]
+    params: GrugModelParameters
+    opt_state: optax.OptState
+    ema_params: GrugModelParameters | None
+    training_key: PRNGKeyArray
+
+
+def init_train_state(
+    cfg: GrugModelConfig, optimizer: optax.GradientTransformation, trainer: GrugTrainerConfig, *, key: PRNGKeyArray
+) -> GrugTrainState:
+    params_key, training_key = jax.random.split(key)
+    params = Transformer.init(cfg, key=params_key)
+    return GrugTrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema_params=params if trainer.ema_beta is not None else None,
+        training_key=training_key,
+    )
+
+
+def mask_of(batch: Any) -> AttentionMask:
+    """Causal, and no document sees another."""
+    return AttentionMask(causal=True, segment_ids=batch.attn_mask.segment_ids[0])
+
+
+def make_train_step(optimizer: optax.GradientTransformation, trainer: GrugTrainerConfig):
+    """train_step(state, batch) -> (state, metrics); batch has tokens, loss_weight, attn_mask (a GrugLmExample)."""
+
+    @partial(jax.jit, donate_argnums=0)  # the old state's memory becomes the new state's
+    def train_step(state: GrugTrainState, batch: Any) -> tuple[GrugTrainState, dict[str, Array]]:
+        def loss_fn(params):
+            return params.next_token_loss(
+                batch.tokens, batch.loss_weight, mask_of(batch), z_loss_weight=trainer.z_loss_weight
+            )
+
+        (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = state.ema_params
+        if (beta := trainer.ema_beta) is not None:
+            ema_params = jax.tree.map(lambda old, new: beta * old + (1 - beta) * new, ema_params, params)
+        metrics = {
+            "train/loss": loss,
+            "train/cross_entropy": parts.cross_entropy,
+            "train/z_loss": parts.z_loss,
+            "train/grad_norm": optax.global_norm(grads),
+            **hyperparameters(opt_state),
+        }
+        step = state.step + 1
+        return GrugTrainState(step, params, opt_state, ema_params, state.training_key), metrics
+
+    return train_step
+
+
+def per_token_losses(params: GrugModelParameters, batch: Any) -> tuple[Array, Array, Array]:
+    """For evaluation: -log p, weight and target token of every position, each [batch, seq_len]."""
+    losses = params.next_token_losses(batch.tokens, batch.loss_weight, mask_of(batch))
+    return losses, batch.loss_weight, jnp.roll(batch.tokens, -1, axis=1)
+
+
+def evaluations(state: GrugTrainState, evaluate: Any, *, current: bool, ema: bool) -> dict[str, float]:
+    """eval/* of the weights, eval/ema/* of their average, where there is one."""
+    metrics = evaluate(state.params, "eval") if current or state.ema_params is None else {}
+    if ema and state.ema_params is not None:
+        metrics |= evaluate(state.ema_params, "eval/ema")
+    return metrics
+
+
+def run_grug(variant: str, config: "GrugBaseLaunchConfig") -> None:
+    """Trains to the last step, from the newest checkpoint where there is one, and writes summary and report.
+
+    Raises:
+      ValueError, OSError: something does not fit, or cannot be read or written; the message says how to mend it.
+      SystemExit: the run had to end (a loss that is not finite, a full disk); what is saved has been said.
+    """
+    started = perf_counter()
+    trainer, batch_size, seq_len = config.trainer, config.trainer.batch_size, config.trainer.seq_len
+    check_fit(config)
+    mesh = create_mesh(batch_size, model=trainer.model_axis)
+    optimizer = config.optimizer.build(trainer.steps, matrix_axes=matrix_axes)
+    run = open_run(variant, config)
+    lev.import_in_background()
+    with phase("data") as detail:
+        data = prepare(config.data, detail)
+    check_vocab_size(config, data.vocab_size)
+
+    with jax.set_mesh(mesh), start_tracker(run.path, run.run_id, as_dict(config), config.tracker) as tracker:
+        init = partial(jax.jit(partial(init_train_state, config.model, optimizer, trainer)), key=jax.random.key(trainer.seed))
+        roots = [run.checkpoints, *filter(None, [trainer.load_checkpoint_path])]
+        state, resumed = restore_latest_or_initialize(
+            roots, jax.eval_shape(init), mesh=mesh, init=init, require=trainer.load_checkpoint
+        )
+        start = int(state.step)
+        if start >= trainer.steps:
+            return already_finished(run, start)
+        dataset = build_train_dataset(data, config.data, seq_len, batch_size, trainer.seed)
+        loader = build_train_loader(dataset, mesh, batch_size)
+        evaluate = build_tagged_evaluator(data, config.data, config.eval, seq_len, batch_size, mesh, per_token_losses)
+        checkpoints = Checkpoints(run.checkpoints, config.checkpoint, metadata=run.describe(batch_size), resumed=resumed)
+        meter = Meter(
+            tracker,
+            total_steps=trainer.steps,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            flops_per_token=3 * sum(config.model.flops_per_token(seq_len).values()),
+            peak=peak_flops(trainer.peak_tflops),
+            log_every=trainer.log_every,
+            start_step=start,
+        )
+        tracker.log_summary(baselines(data))
+
+        with advice_on_failure(run), iter_from_step(loader, start) as batches:
+            first = next(batches)
+            train_step = make_train_step(optimizer, trainer)
+            train_step = compile_step(train_step, state, first, tracker, require_kernels=trainer.require_kernels)
+            batches = chain([first], batches)
+            with Progress(trainer.steps, start) as bar:
+                for step in range(start + 1, trainer.steps + 1):
+                    with meter.loading():
+                        batch = next(batches)
+                    state, metrics = train_step(state, batch)
+                    meter.step(step, metrics)
+                    bar.update(step, meter.last)
+                    with meter.hooks():
+                        if step % trainer.log_every == 0:
+                            tracker.log(mixture_metrics(dataset, step, batch_size), step=step)
+                        # What is saved has been looked at first: meter.flush raises where a loss is not finite.
+                        checkpoints.on_step(state, step, before_save=meter.flush)
+                        if step % config.eval.every == 0 or step == trainer.steps:
+                            meter.flush()
+                            tracker.log(
+                                evaluations(state, evaluate, current=config.eval.eval_current, ema=config.eval.eval_ema), step=step
+                            )
+            checkpoints.save(state, trainer.steps)
+            checkpoints.wait()
+
+        finish(run, started, lambda: sample(Transformer.logits, state.params, data.tokenizer_dir))

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results and gradients of attention, judged by float64 NumPy and by what plain jnp errs in the same type."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grug_kernels.attention import AttentionMask, BlockSizes, attention, attention_with_lse
+from tests.kernels.test_attention_mask import dense_mask
+
+NAMES = ("out", "lse", "dq", "dk", "dv", "dsinks")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything that is compiled for; masks and numbers are data."""
+
+    batch: int
+    q_len: int
+    kv_len: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    blocks: tuple[int, int]
+    causal: bool = True
+    logit_soft_cap: float | None = None
+    sinks: bool = False
+    dtype: str = "float32"
+
+    def inputs(self, seed: int, scale: float):
+        """q, k, v, sinks or None, and cotangents of out and lse."""
+        rng = np.random.default_rng(seed)
+        q = scale * rng.standard_normal((self.batch, self.q_len, self.num_heads, self.head_dim))
+        k = rng.standard_normal((self.batch, self.kv_len, self.num_kv_heads, self.head_dim))
+        v = rng.standard_normal((self.batch, self.kv_len, self.num_kv_heads, self.v_head_dim))
+        dout = rng.standard_normal((self.batch, self.q_len, self.num_heads, self.v_head_dim))
+        dlse = rng.standard_normal((self.batch, self.num_heads, self.q_len))
+        sinks = jnp.asarray(rng.standard_normal(self.num_heads), jnp.float32) if self.sinks else None
+        q, k, v, dout = (jnp.asarray(x, self.dtype) for x in (q, k, v, dout))
+        return q, k, v, sinks, dout, jnp.asarray(dlse, jnp.float32)
+
+
+CASES = [
+    Case(2, 13, 13, 4, 2, 8, 8, (5, 4)),  # neither block divides
+    Case(2, 7, 19, 3, 1, 8, 5, (4, 8), sinks=True),  # MQA, the last of more keys, v_head_dim of its own
+    Case(1, 1, 1, 2, 2, 4, 4, (8, 8), sinks=True),
+    Case(2, 16, 16, 2, 2, 16, 16, (16, 16), logit_soft_cap=3.0),  # one block
+    Case(2, 9, 9, 6, 3, 8, 8, (2, 3), causal=False, logit_soft_cap=2.0, sinks=True),
+    Case(2, 96, 96, 4, 2, 32, 32, (32, 32), sinks=True, dtype="bfloat16"),
+    Case(1, 40, 40, 4, 1, 32, 16, (16, 40), causal=False, logit_soft_cap=4.0, dtype="bfloat16"),
+]
+
+
+@cache
+def compiled(case: Case, implementation: str):
+    """All of NAMES from (q, k, v, sinks, dout, dlse, mask), in one program."""
+    block_sizes = BlockSizes(*case.blocks) if implementation == "xla" else None
+
+    def forward(q, k, v, sinks, mask):
+        return attention_with_lse(
+            q,
+            k,
+            v,
+            mask,
+            sinks=sinks,
+            logit_soft_cap=case.logit_soft_cap,
+            implementation=implementation,
+            block_sizes=block_sizes,
+        )
+
+    @jax.jit
+    def run(q, k, v, sinks, dout, dlse, mask):
+        results, pull_back = jax.vjp(lambda *arrays: forward(*arrays, mask), q, k, v, sinks)
+        return *results, *pull_back((dout, dlse))
+
+    return run
+
+
+def oracle(case: Case, inputs, mask: AttentionMask, *, keeps_rounded_out: bool = False):
+    """All of NAMES in float64, from the dense mask, with the gradient written out.
+
+    `keeps_rounded_out`: but for the out that the gradient reads, which is rounded to the type of q.
+    """
+    q, k, v, sinks, dout, dlse = (None if x is None else np.asarray(x, np.float64) for x in inputs)
+    group = case.num_heads // case.num_kv_heads
+    k, v = (np.repeat(x, group, axis=2) for x in (k, v))
+    sm_scale = case.head_dim**-0.5
+    z = sm_scale * np.einsum("btnh,bsnh->bnts", q, k)
+    slope = np.ones_like(z)
+    if case.logit_soft_cap is not None:
+        capped = np.tanh(z / case.logit_soft_cap)
+        z, slope = case.logit_soft_cap * capped, 1 - capped**2
+    z = np.where(dense_mask(mask, case.batch, case.q_len, case.kv_len)[:, None], z, -np.inf)
+    sink = np.full(case.num_heads, -np.inf) if sinks is None else sinks
+    lse = np.logaddexp(np.logaddexp.reduce(z, axis=3), sink[None, :, None])
+    finite = np.where(np.isneginf(lse), 0, lse)
+    p = np.exp(z - finite[..., None])
+    out = np.einsum("bnts,bsnh->btnh", p, v)
+    dp = np.einsum("btnh,bsnh->bnts", dout, v)
+    kept_out = np.asarray(jnp.asarray(out, case.dtype), np.float64) if keeps_rounded_out else out
+    delta = np.einsum("btnh,btnh->bnt", kept_out, dout) - dlse
+    dz = sm_scale * slope * p * (dp - delta[..., None])
+    dk, dv = np.einsum("bnts,btnh->bsnh", dz, q), np.einsum("bnts,btnh->bsnh", p, dout)
+    dk, dv = (x.reshape(*x.shape[:2], case.num_kv_heads, group, -1).sum(axis=3) for x in (dk, dv))
+    exact_delta = np.einsum("btnh,btnh->bnt", out, dout) - dlse
+    dsinks = None if sinks is None else -(np.exp(sink[None, :, None] - finite) * exact_delta).sum(axis=(0, 2))
+    return out, lse, np.einsum("bnts,bsnh->btnh", dz, k), dk, dv, dsinks
+
+
+def rms(x) -> float:
+    return float(np.sqrt(np.mean(np.square(x)))) if x.size else 0.0
+
+
+def assert_as_good_as_plain(case: Case, inputs, mask: AttentionMask, results) -> None:
+    """In the root mean square, at most twice as wrong as plain jnp, and the price of what the backward pass reads.
+
+    That is out rounded to the type of q, as exact arithmetic would suffer from it, and exp(score - lse) with lse off by
+    eps * |lse|. A thousandth of a percent of the inputs' size is for results that are sums cancelling to nothing.
+    """
+    truth, plain = oracle(case, inputs, mask), compiled(case, "reference")(*inputs, mask)
+    kept = oracle(case, inputs, mask, keeps_rounded_out=True)
+    for name, ours, theirs, rounded, exact in zip(NAMES, results, plain, kept, truth, strict=True):
+        if exact is None:
+            assert ours is None
+            continue
+        ours, theirs = (np.asarray(x, np.float64) for x in (ours, theirs))
+        seen = np.isfinite(exact)
+        np.testing.assert_array_equal(ours[~seen], exact[~seen], err_msg=name)
+        error, plain_error, kept_error = (rms(x[seen] - exact[seen]) for x in (ours, theirs, rounded))
+        lse = truth[1][np.isfinite(truth[1])]
+        off = float(jnp.finfo(jnp.float32).eps) * max(1.0, np.abs(lse).max(initial=0.0)) * rms(exact[seen])
+        limit = 2 * plain_error + 2 * kept_error + off + 1e-6
+        assert error <= limit, (
+            f"{name}: {error:.3g} > {limit:.3g}; plain {plain_error:.3g}, kept {kept_error:.3g}, {off:.3g}"
+        )
+
+
+def random_mask(case: Case, rng: np.random.Generator) -> AttentionMask:
+    """Every field present, so that a case compiles once, and each in half of the draws without effect."""
+    on = rng.random(3) < 0.5
+    shape = (case.batch, case.kv_len)
+    ids = np.cumsum(rng.random(shape) < 0.15, axis=1) % 3 - (rng.random(shape) < 0.1) * 9
+    window = rng.integers(1, case.kv_len + 1) if on[0] else 2**31 - 1
+    return AttentionMask(
+        causal=case.causal,
+        sliding_window=jnp.asarray(window, jnp.int32),
+        segment_ids=jnp.asarray(ids * on[1], jnp.int32),
+        prefix_len=jnp.asarray(rng.integers(0, 6, case.batch) * on[2], jnp.int32) if case.causal else None,
+    )
+
+
+@settings(deadline=None, max_examples=40)
+@given(case=st.sampled_from(CASES), scale=st.sampled_from([1.0, 30.0]), seed=st.integers(0, 10**6))
+def test_results_and_gradients(case, scale, seed):
+    """Random cotangents for out and for lse; at scale 30 the softmax is peaked."""
+    inputs, mask = case.inputs(seed, scale), random_mask(case, np.random.default_rng(seed))
+    results = compiled(case, "xla")(*inputs, mask)
+    assert [x.dtype for x in results[:5]] == [case.dtype, jnp.float32] + [case.dtype] * 3
+    assert_as_good_as_plain(case, inputs, mask, results)

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every variant promises, whoever copied it: these tests find it in the folder."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec as P
+
+from tests.model.variants import VARIANTS, abstract_batch, part, random_batch, tiny_config, tiny_trainer
+from train.mesh import AXES, create_mesh
+from train.optimizer import GrugOptimizerConfig
+
+
+def mesh():
+    """data=4, model=2."""
+    return create_mesh(8, model=2)
+
+
+@functools.cache  # and with it what jit has compiled, which is where the time goes
+def built(variant, *, optimizer="adamw", trainer=tiny_trainer(), **changes):
+    """(init of the state, train step) of a tiny version of `variant`."""
+    code, cfg = part(variant, "train"), tiny_config(variant, **changes)
+    transform = GrugOptimizerConfig(name=optimizer, learning_rate=1e-2, warmup_steps=2).build(
+        trainer.steps, matrix_axes=part(variant, "model").matrix_axes
+    )
+    init = lambda key: code.init_train_state(cfg, transform, trainer, key=key)  # noqa: E731
+    return jax.jit(init), code.make_train_step(transform, trainer)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_one_step_lowers_on_an_abstract_mesh_of_four_devices(variant, platform):
+    """data=2, model=2: every sharding that the model writes must make sense without any device to try it on."""
+    devices = AbstractMesh((1, 2, 1, 1, 2), AXES, axis_types=(AxisType.Explicit,) * 5)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with jax.sharding.use_abstract_mesh(devices):
+        init, step = built(variant)
+        state = jax.eval_shape(init, key)
+        lowered = step.trace(state, abstract_batch(devices)).lower(lowering_platforms=(platform,))
+        metrics = lowered.out_info[1]
+    assert metrics["train/loss"].shape == ()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_falls_on_a_repeated_batch(variant, optimizer):
+    with jax.set_mesh(mesh()):
+        init, step = built(variant, optimizer=optimizer)
+        state, batch, losses = init(jax.random.key(0)), random_batch(), []
+        for _ in range(25):
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["train/loss"]))
+    assert np.log(96) * 0.8 < losses[0] < np.log(96) * 1.6
+    assert losses[-1] < 0.7 * losses[0]
+    assert int(state.step) == 25
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_eight_devices_train_as_one_does(variant, optimizer):
+    """data=4, model=2 against one device, three steps in float32."""
+
+    def trained(devices):
+        with jax.set_mesh(devices):
+            init, step = built(variant, optimizer=optimizer)
+            state, batch = init(jax.random.key(0)), random_batch()
+            for _ in range(3):
+                state, metrics = step(state, batch)
+            return float(metrics["train/loss"]), jax.tree.map(np.asarray, state.params)
+
+    one = jax.make_mesh((1,) * 5, AXES, axis_types=(AxisType.Explicit,) * 5, devices=jax.devices()[:1])
+    loss_of_one, params_of_one = trained(one)
+    loss, params = trained(mesh())
+    np.testing.assert_allclose(loss, loss_of_one, rtol=1e-5)
+    # Newton-Schulz and Adam's division both magnify rounding where a gradient is nearly zero.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=2e-3), params, params_of_one)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weights_are_born_sharded(variant):
+    with jax.set_mesh(mesh()):
+        init, _ = built(variant)
+        state = init(jax.random.key(0))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        name = jax.tree_util.keystr(path)
+        whole = leaf.sharding.is_fully_replicated
+        assert whole == ("norm" in name), f"{name} is {leaf.sharding.spec}"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_looking_up_embeddings_moves_the_weight_and_nothing_else(variant):
+    """The gather of rows is local: the only collective of the forward lookup is the one gathering the table."""
+    with jax.set_mesh(create_mesh(8)):
+        embed = jax.device_put(jnp.ones((96, 32)), P("data", "model"))
+        tokens = random_batch().tokens
+
+        @jax.jit
+        def lookup(embed, tokens):
+            whole = jax.reshard(embed, P(None, None))
+            return whole.at[tokens].get(out_sharding=P(("replica_dcn", "data"), None, None))
+
+        text = lookup.lower(embed, tokens).compile().as_text()
+    assert text.count(" all-gather(") + text.count(" all-gather-start(") == 1
+    assert "all-to-all" not in text
+    assert "all-reduce" not in text
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_average_is_kept_only_where_one_is_asked_for(variant):
+    with jax.set_mesh(mesh()):
+        init, _ = built(variant)
+        assert init(jax.random.key(0)).ema_params is None
+        init, step = built(variant, trainer=tiny_trainer(ema_beta=0.75))
+        state = init(jax.random.key(0))
+        first = jax.tree.map(np.asarray, state.ema_params)
+        state, _ = step(state, random_batch())
+        for old, average, new in zip(*map(jax.tree.leaves, (first, state.ema_params, state.params)), strict=True):
+            np.testing.assert_allclose(average, 0.75 * old + 0.25 * np.asarray(new), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_remat_policies_change_no_number(variant):
+    with jax.set_mesh(mesh()):
+        results = {}
+        for remat in ("none", "full", "save_attention"):
+            init, step = built(variant, remat=remat)
+            state, metrics = step(init(jax.random.key(0)), random_batch())
+            results[remat] = float(metrics["train/loss"]), float(metrics["train/grad_norm"])
+    for remat in ("full", "save_attention"):
+        np.testing.assert_allclose(results[remat], results["none"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_document_does_not_see_the_one_before_it(variant):
+    """Changing the first document's tokens leaves the second's losses as they were, and changes its own."""
+    code = part(variant, "train")
+    with jax.set_mesh(mesh()):
+        init, _ = built(variant)
+        params, losses = init(jax.random.key(0)).params, jax.jit(code.per_token_losses)
+        batch = random_batch()
+        before, _, _ = losses(params, batch)
+        after, _, _ = losses(params, batch._replace(tokens=batch.tokens.at[:, :7].set(3)))
+    np.testing.assert_allclose(before[:, 8:15], after[:, 8:15], rtol=1e-5)
+    assert float(jnp.abs(before[:, :7] - after[:, :7]).max()) > 0.1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_messages(variant):
+    with pytest.raises(ValueError, match="num_heads=4 is not a multiple of num_kv_heads=3"):
+        tiny_config(variant, num_kv_heads=3)
+    with pytest.raises(ValueError, match="head_dim=7 is odd"):
+        tiny_config(variant, head_dim=7)
+    with pytest.raises(ValueError, match="hidden_dim=0; sizes are positive"):
+        tiny_config(variant, hidden_dim=0)
+    with pytest.raises(ValueError, match="compute_dtype='float8'; choose bfloat16 or float32"):
+        tiny_config(variant, compute_dtype="float8")
+    with jax.set_mesh(mesh()):
+        init, step = built(variant)
+        with pytest.raises(ValueError, match="seq_len=64 is longer than max_seq_len=32"):
+            step(init(jax.random.key(0)), random_batch(seq_len=64))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_presets_are_whole_configurations(variant):
+    launch = part(variant, "launch")
+    assert {"laptop", "130m"} <= set(launch.PRESETS)
+    for preset in launch.PRESETS.values():
+        assert preset.trainer.seq_len <= preset.model.max_seq_len
+        assert dataclasses.is_dataclass(preset.optimizer)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every variant there is, found in the folder, at a size that tests can afford."""
+
+import dataclasses
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+FOLDER = Path(__file__).parent.parent.parent / "grug_model"
+VARIANTS = sorted(folder.parent.name for folder in FOLDER.glob("*/launch.py"))
+BATCH = P(("replica_dcn", "data"), None)
+
+TINY = {
+    "vocab_size": 96,
+    "hidden_dim": 32,
+    "intermediate_dim": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "max_seq_len": 32,
+    "compute_dtype": "float32",
+}
+
+
+class Mask(NamedTuple):
+    """What Levanter's mask holds: segment ids of queries and of keys."""
+
+    segment_ids: tuple[jax.Array, jax.Array]
+
+
+class Example(NamedTuple):
+    """The fields of Levanter's GrugLmExample, without its nine seconds of import."""
+
+    tokens: jax.Array
+    loss_weight: jax.Array
+    attn_mask: Mask
+
+
+def part(variant: str, name: str) -> ModuleType:
+    """`grug_model.<variant>.<name>`, name one of model, train, launch."""
+    return importlib.import_module(f"grug_model.{variant}.{name}")
+
+
+def tiny_config(variant: str, **changes):
+    return part(variant, "model").GrugModelConfig(**(TINY | changes))
+
+
+def tiny_trainer(**changes):
+    from train.config import GrugTrainerConfig
+
+    return dataclasses.replace(GrugTrainerConfig(steps=50, batch_size=8, seq_len=16), **changes)
+
+
+def random_batch(batch_size: int = 8, seq_len: int = 16, vocab_size: int = 96, seed: int = 0) -> Example:
+    """Two documents a row, placed on the current mesh."""
+    tokens = jax.random.randint(jax.random.key(seed), (batch_size, seq_len), 0, vocab_size, jnp.int32)
+    segments = jnp.broadcast_to(jnp.arange(seq_len) // (seq_len // 2), tokens.shape).astype(jnp.int32)
+    weight = jnp.ones(tokens.shape, jnp.float32).at[:, -1].set(0)
+    tokens, segments, weight = (jax.device_put(array, BATCH) for array in (tokens, segments, weight))
+    return Example(tokens, weight, Mask((segments, segments)))
+
+
+def abstract_batch(mesh, batch_size: int = 8, seq_len: int = 16) -> Example:
+    """The shapes of a batch, sharded over `mesh`; no device is needed."""
+
+    def struct(dtype):
+        sharding = jax.sharding.NamedSharding(mesh, BATCH)
+        return jax.ShapeDtypeStruct((batch_size, seq_len), dtype, sharding=sharding)
+
+    return Example(struct(jnp.int32), struct(jnp.float32), Mask((struct(jnp.int32), struct(jnp.int32))))

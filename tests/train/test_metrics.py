@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The meter against a simulated device and clock; the trackers against the files they write."""
+
+import json
+import logging
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from train import lev, metrics
+from train.metrics import METRICS_FILE, Meter, NonFiniteLossError, TrackerConfig, start_tracker
+
+PEAK = SimpleNamespace(flops_per_second=1e6, source="a table", is_measured=False)
+BATCH, SEQ, FLOPS = 8, 16, 100.0
+
+
+class Rows:
+    """Stands in for a RunTracker."""
+
+    def __init__(self):
+        self.rows, self.summary = [], {}
+
+    def log(self, row, *, step):
+        self.rows.append((step, dict(row)))
+
+    def log_summary(self, values):
+        self.summary |= values
+
+    def series(self, name):
+        return {step: row[name] for step, row in self.rows if name in row}
+
+
+class Device:
+    """Runs one step after the other, `seconds` each, while the host goes on; `now` is the host's clock."""
+
+    def __init__(self, seconds):
+        self.seconds, self.now, self.free_at, self.fetched = seconds, 0.0, 0.0, 0
+
+    def clock(self):
+        return self.now
+
+    def dispatch(self, value):
+        self.free_at = max(self.now, self.free_at) + self.seconds
+        return OnDevice(self, self.free_at, value)
+
+
+class OnDevice:
+    """A scalar that is not there yet: looking at it takes the clock to the moment when it is."""
+
+    def __init__(self, device, ready_at, value):
+        self.device, self.ready_at, self.value = device, ready_at, value
+
+    def __array__(self, dtype=None, copy=None):
+        self.device.fetched += 1
+        self.device.now = max(self.device.now, self.ready_at)
+        return np.asarray(self.value, dtype)
+
+
+@pytest.fixture
+def device(monkeypatch):
+    device = Device(seconds=10.0)
+    monkeypatch.setattr(metrics, "perf_counter", device.clock)
+    return device
+
+
+def new_meter(**changes):
+    given = {"total_steps": 40, "batch_size": BATCH, "seq_len": SEQ, "flops_per_token": FLOPS, "peak": PEAK} | changes
+    tracker = Rows()
+    return tracker, Meter(tracker, **given)
+
+
+def train(meter, device, steps, *, loading=0.0, hooks=0.0, losses=lambda step: 2.0):
+    for step in steps:
+        with meter.loading():
+            device.now += loading
+        meter.step(step, {"train/loss": device.dispatch(losses(step)), "optim/learning_rate": np.float32(0.5)})
+        with meter.hooks():
+            device.now += hooks
+
+
+def test_every_step_has_one_row_with_its_metrics(device):
+    tracker, meter = new_meter(log_every=10)
+    train(meter, device, range(1, 26), losses=lambda step: 1.0 + step)
+    meter.flush()
+    assert [step for step, _ in tracker.rows] == list(range(1, 26))
+    assert tracker.series("train/loss") == {step: 1.0 + step for step in range(1, 26)}
+    assert tracker.series("global_step") == {step: step for step in range(1, 26)}
+    assert tracker.series("run_progress")[10] == 0.25
+    assert tracker.series("optim/learning_rate")[7] == 0.5
+    assert list(tracker.series("throughput/duration")) == [10, 20, 25]
+    assert meter.last == tracker.rows[-1][1]
+
+
+def test_nothing_is_fetched_between_log_steps(device):
+    _, meter = new_meter(log_every=10)
+    train(meter, device, range(1, 10))
+    assert device.fetched == 0
+    assert device.now == 0.0
+    train(meter, device, [10])
+    assert device.fetched == 10
+
+
+def test_the_last_step_is_logged_without_a_flush(device):
+    tracker, meter = new_meter(total_steps=13, log_every=10)
+    train(meter, device, range(1, 14))
+    assert tracker.rows[-1][0] == 13
+
+
+def test_loading_that_hides_behind_the_device_is_not_subtracted(device):
+    """Subtracted, it would report steps of 7 seconds from a device that needs 10."""
+    tracker, meter = new_meter(log_every=10)
+    train(meter, device, range(1, 21), loading=3.0)
+    assert tracker.series("throughput/duration") == {10: pytest.approx(10.0), 20: pytest.approx(10.0)}
+    assert tracker.series("throughput/loading_time")[20] == pytest.approx(3.0)
+
+
+def test_a_slow_loader_shows_in_the_duration(device):
+    """Ten loads of 50 s with the device busy for 10 of each: only the first, with no step in flight, is left out."""
+    tracker, meter = new_meter(log_every=10)
+    train(meter, device, range(1, 11), loading=50.0)
+    assert tracker.series("throughput/duration")[10] == pytest.approx((9 * 50 + 10) / 10)
+
+
+def test_logged_every_step_the_duration_is_the_step_alone(device):
+    tracker, meter = new_meter(log_every=1)
+    train(meter, device, range(1, 6), loading=50.0, hooks=7.0)
+    assert set(tracker.series("throughput/duration").values()) == {10.0}
+    assert set(tracker.series("throughput/loading_time").values()) == {50.0}
+    assert tracker.series("throughput/hook_time")[5] == 7.0
+
+
+def test_an_evaluation_after_a_flush_is_no_part_of_any_step(device):
+    tracker, meter = new_meter(log_every=10)
+    train(meter, device, range(1, 16))
+    with meter.hooks():
+        meter.flush()  # 50 s of waiting for the device: no hook's time
+        device.now += 1000.0
+    train(meter, device, range(16, 21))
+    assert tracker.series("throughput/duration") == {10: 10.0, 15: 10.0, 20: 10.0}
+    assert tracker.series("throughput/hook_time")[20] == pytest.approx(1000.0 / 5)
+
+
+def test_throughput_is_what_the_names_say(device):
+    tracker, meter = new_meter(log_every=10, start_step=20)
+    train(meter, device, range(21, 31))
+    row = dict(tracker.rows)[30]
+    import jax
+
+    assert row["throughput/duration"] == pytest.approx(10.0)
+    assert row["throughput/examples_per_second"] == pytest.approx(0.8)
+    assert row["throughput/tokens_per_second"] == pytest.approx(0.8 * SEQ)
+    assert row["throughput/total_tokens"] == 30 * BATCH * SEQ
+    assert row["throughput/gflops_per_second"] == pytest.approx(0.8 * SEQ * FLOPS / 1e9)
+    assert row["throughput/total_gflops"] == pytest.approx(30 * BATCH * SEQ * FLOPS / 1e9)
+    assert row["throughput/mfu"] == pytest.approx(100 * 0.8 * SEQ * FLOPS / (1e6 * jax.device_count()))
+    assert tracker.summary["throughput/flops_per_token_analytic"] == FLOPS
+    assert tracker.summary["throughput/flops_per_example_analytic"] == FLOPS * SEQ
+    assert tracker.summary["throughput/flops_per_example"] == FLOPS * SEQ
+    assert tracker.summary["throughput/device_kind"] == jax.devices()[0].device_kind
+    assert tracker.summary["throughput/theoretical_flops_per_device"] == 1e6
+    assert tracker.summary["throughput/theoretical_flops"] == 1e6 * jax.device_count()
+    assert tracker.summary["throughput/peak_source"] == "a table"
+
+
+def test_an_unknown_peak_is_said_and_gives_no_mfu(device, caplog):
+    tracker, meter = new_meter(log_every=10, peak=None)
+    train(meter, device, range(1, 11))
+    assert "throughput/mfu" not in tracker.rows[-1][1]
+    assert "throughput/theoretical_flops" not in tracker.summary
+    assert [record.getMessage() for record in caplog.records] == [
+        "no peak FLOP/s known for cpu: throughput/mfu will not be reported. Pass --peak-tflops to have it."
+    ]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_loss_that_is_not_finite_names_its_step_and_its_examples(device, value):
+    tracker, meter = new_meter(log_every=10)
+    with pytest.raises(NonFiniteLossError, match=rf"train/loss is {value} at step 13.*examples 96 to 103 ") as caught:
+        train(meter, device, range(1, 21), losses=lambda step: value if step >= 13 else 1.0)
+    assert caught.value.step == 13
+    assert (caught.value.first_example, caught.value.last_example) == (96, 103)
+    assert [step for step, _ in tracker.rows] == list(range(1, 13))
+    assert tracker.summary["run/failed_step"] == 13
+    assert "at step 13" in tracker.summary["run/failure"]
+
+
+@pytest.mark.parametrize("metric", ["train/grad_norm", "grad/norm/total"])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(device, metric):
+    _, meter = new_meter(log_every=10)
+    meter.step(1, {"train/loss": device.dispatch(1.0), metric: np.float32("nan")})
+    with pytest.raises(NonFiniteLossError, match=f"{metric} is nan at step 1, expected a finite number"):
+        meter.flush()
+
+
+def test_no_step_is_logged_twice(device):
+    tracker, meter = new_meter(log_every=10)
+    train(meter, device, range(1, 6))
+    meter.flush()
+    meter.flush()
+    assert [step for step, _ in tracker.rows] == [1, 2, 3, 4, 5]
+    with pytest.raises(ValueError, match=r"step 5 after step 5.*counted from 1"):
+        train(meter, device, [5])
+    _, resumed = new_meter(start_step=20)
+    with pytest.raises(ValueError, match="step 20 after step 20"):
+        train(resumed, device, [20])
+
+
+def test_a_step_without_loss_is_refused(device):
+    _, meter = new_meter()
+    with pytest.raises(ValueError, match=r"no 'train/loss' among \['loss'\]"):
+        meter.step(1, {"loss": 1.0})
+
+
+def test_log_every_is_at_least_one(device):
+    with pytest.raises(ValueError, match="log_every=0, expected at least 1"):
+        new_meter(log_every=0)
+
+
+# Trackers
+
+
+@pytest.fixture
+def no_account(monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_DIR", "unused")  # and restored afterwards: start_tracker sets it
+
+
+class FakeWandb:
+    """Stands in for levanter's WandbConfig: opening a real run takes an account."""
+
+    opened: list = []  # noqa: RUF012, emptied by the fixture
+    error: Exception | None = None
+
+    def __init__(self, **fields):
+        self.fields = fields
+
+    def init(self, run_id):
+        if FakeWandb.error:
+            raise FakeWandb.error
+        FakeWandb.opened.append((run_id, self.fields))
+        from levanter.tracker import NoopTracker
+
+        return NoopTracker()
+
+
+@pytest.fixture
+def fake_wandb(monkeypatch, no_account):
+    monkeypatch.setitem(vars(lev), "WandbConfig", FakeWandb)
+    monkeypatch.setattr(FakeWandb, "opened", [])
+    monkeypatch.setattr(FakeWandb, "error", None)
+    return FakeWandb
+
+
+def events(run_dir):
+    return [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
+
+
+def test_rows_are_on_disk_as_soon_as_they_are_logged(tmp_path, no_account, capfd):
+    run_dir = tmp_path / "runs" / "first"
+    with start_tracker(run_dir, "first", {"model": {"hidden_dim": 64, "rope": None}}) as tracker:
+        tracker.log({"train/loss": np.float32(2.5), "global_step": 1}, step=1)
+        tracker.log_summary({"compile/seconds": 3.0})
+        written = events(run_dir)
+    assert written[0]["hparams"] == {"model.hidden_dim": 64, "model.rope": "None"}
+    assert written[1]["metrics"] == {"train/loss": 2.5, "global_step": 1}
+    assert written[1]["step"] == 1
+    assert written[2]["metrics"] == {"compile/seconds": 3.0}
+    tracker.finish()
+    assert [event["event"] for event in events(run_dir)] == ["hparams", "log", "summary", "finish"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_resumed_run_appends_and_cuts_off_half_a_row(tmp_path, no_account, caplog):
+    """A row appended to the half row of a killed process would make both unreadable."""
+    with start_tracker(tmp_path, "run", {}) as tracker:
+        tracker.log({"train/loss": 1.0}, step=1)
+    with open(tmp_path / METRICS_FILE, "a") as file:
+        file.write('{"event": "log", "st')
+    with start_tracker(tmp_path, "run", {}) as tracker:
+        tracker.log({"train/loss": 2.0}, step=2)
+    assert [event["step"] for event in events(tmp_path) if event["event"] == "log"] == [1, 2]
+    assert "cutting off an unfinished last row of 20 bytes" in caplog.text
+
+
+def test_wandb_is_used_where_there_is_an_account(tmp_path, fake_wandb, monkeypatch):
+    start_tracker(tmp_path, "run", {}).finish()
+    assert fake_wandb.opened == []
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    start_tracker(tmp_path, "run", {}, TrackerConfig(wandb="off")).finish()
+    assert fake_wandb.opened == []
+    start_tracker(tmp_path, "run", {}).finish()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    start_tracker(tmp_path, "run", {}).finish()
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    start_tracker(tmp_path, "run", {}).finish()
+    assert [(run_id, fields["mode"]) for run_id, fields in fake_wandb.opened] == [("run", "online"), ("run", "offline")]
+
+
+def test_wandb_by_name_needs_an_account(tmp_path, fake_wandb, monkeypatch):
+    with pytest.raises(ValueError, match=r"WANDB_API_KEY is not set. Set it, or WANDB_MODE=offline"):
+        start_tracker(tmp_path, "run", {}, TrackerConfig(wandb="on"))
+    assert not (tmp_path / METRICS_FILE).exists()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    start_tracker(tmp_path, "run", {}, TrackerConfig(wandb="on")).finish()
+    assert len(fake_wandb.opened) == 1
+
+
+def test_wandb_that_does_not_start_stops_only_a_run_that_named_it(tmp_path, fake_wandb, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    monkeypatch.setattr(FakeWandb, "error", RuntimeError("no route"))
+    with start_tracker(tmp_path, "run", {}) as tracker:
+        tracker.log({"train/loss": 1.0}, step=1)
+    assert (
+        "W&B did not start, training goes on without it (--tracker.wandb on makes this fail): no route" in caplog.text
+    )
+    assert events(tmp_path)[1]["metrics"] == {"train/loss": 1.0}
+    with pytest.raises(RuntimeError, match="no route"):
+        start_tracker(tmp_path, "run", {}, TrackerConfig(wandb="on"))
+
+
+def test_tensorboard_says_what_to_install(tmp_path, no_account, monkeypatch):
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"tensorboardX is not installed. Run `uv sync --extra prof`"):
+        start_tracker(tmp_path, "run", {}, TrackerConfig(tensorboard=True))
+
+
+def test_a_member_that_fails_is_heard_and_does_not_stop_the_others(tmp_path, no_account, caplog):
+    tracker = start_tracker(tmp_path, "run", {})
+    tracker.members.loggers.insert(0, SimpleNamespace(name="broken", finish=lambda: None))
+    with caplog.at_level(logging.ERROR):
+        tracker.log({"train/loss": 1.0}, step=1)
+    tracker.finish()
+    assert "'broken' raised during log" in caplog.text
+    assert events(tmp_path)[1]["metrics"] == {"train/loss": 1.0}
+
+
+def test_these_modules_import_neither_jax_nor_levanter():
+    code = (
+        "import sys; import train.metrics, train.progress, train.summary, train.report;"
+        " print([name for name in ('jax', 'levanter', 'numpy') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: `<root>/step-{n}` after n completed steps, written in the background, verified when read.
+
+    step-100/d/, manifest.ocdbt     the arrays (TensorStore: OCDBT and zarr3, through Levanter)
+    step-100/metadata.json          written last, by a rename: a directory without it is an unfinished save
+
+metadata.json has what the caller says of the run (run_id, config_hash, data_offset, ...), `step`, `timestamp`,
+`is_temporary`, `specs` and `checksums` of every array, and the versions of the packages. TensorStore loads a flipped
+bit or another shape without a word; with `specs` and `checksums`, `restore_latest_or_initialize` notices.
+
+A root has one writer at a time: `Checkpoints` removes the unfinished saves it finds there when a run starts.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from train import checkpoint_files as files
+from train import lev
+from train.checkpoint_files import Metadata, Root
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+log = logging.getLogger(__name__)
+
+PyTree = Any
+
+# With several hosts, asking process 0 for the time waits for the devices: not at every step.
+_STEPS_BETWEEN_CLOCK_QUESTIONS = 10
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and what to keep."""
+
+    # Steps between permanent checkpoints, which are never deleted.
+    every: int = 1000
+    # Minutes between temporary checkpoints, which limit what a crash can cost; 0: none.
+    temporary_minutes: float = 10.0
+    # Temporary checkpoints that stay; older ones are deleted once a newer one is complete.
+    keep_temporary: int = 2
+    # Store a checksum of every array, so that a corrupt checkpoint is noticed.
+    checksums: bool = True
+
+    def __post_init__(self):
+        if self.every < 1 or self.temporary_minutes < 0 or self.keep_temporary < 1:
+            raise ValueError(
+                f"CheckpointConfig: every={self.every} and keep_temporary={self.keep_temporary} are at least 1, and"
+                f" temporary_minutes={self.temporary_minutes} is at least 0 (0: no temporary checkpoints)."
+            )
+
+
+class NoUsableCheckpointError(RuntimeError):
+    """There are checkpoints, and none of them can be read."""
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint could not be written."""
+
+
+class CheckpointIO(Protocol):
+    """How a state gets to disk and back; `Checkpoints` decides when, and what stays."""
+
+    def save(self, path: str, state: PyTree, *, metadata: Metadata) -> None:
+        """Writes `state` to the new directory `path`. `metadata` has at least `step` and `is_temporary`."""
+        ...
+
+    def restore_latest(self, base_path: str, state_shape: PyTree) -> PyTree | None:
+        """The newest valid state under `base_path`, or None where there is no checkpoint."""
+        ...
+
+
+class TensorStoreIO:
+    """`CheckpointIO` through Levanter. `save` returns once the arrays are copied to the host; the rest is background.
+
+    So the caller may donate the state's buffers to the next step. What goes wrong in the background is raised by the
+    next `save`, `poll` or `wait`, as CheckpointWriteError.
+    """
+
+    def __init__(self, *, checksums: bool = True):
+        from jax.experimental.array_serialization.serialization import GlobalAsyncCheckpointManager
+
+        self._checksums = checksums
+        self._manager = GlobalAsyncCheckpointManager(timeout_secs=30 * 60)  # for the slowest host to finish its part
+        self._path: str | None = None
+        self._committed = False
+
+    def save(self, path: str, state: PyTree, *, metadata: Metadata) -> None:
+        from train import checkpoint_arrays as arrays
+
+        self.wait()
+        self._path, self._committed = path, False
+        named = arrays.named_arrays(state)
+        stored = arrays.stored(named)
+        described = {"specs": arrays.specs(named), "versions": files.package_versions()}
+        if self._checksums:
+            described["checksums"] = arrays.checksums(stored)
+        with self._errors_named():
+            lev.save_checkpoint(
+                stored,
+                step=metadata["step"],
+                checkpoint_path=path,
+                manager=self._manager,
+                commit_callback=self._on_commit,
+                is_temporary=metadata["is_temporary"],
+                metadata={k: v for k, v in metadata.items() if k not in ("step", "is_temporary")} | described,
+            )
+
+    def restore_latest(self, base_path: str, state_shape: PyTree) -> PyTree | None:
+        """As the protocol says; onto the mesh of `jax.set_mesh`."""
+        import jax
+
+        mesh = jax.sharding.get_mesh()
+        return restore_latest_or_initialize([base_path], state_shape, mesh=mesh, init=lambda: None)[0]
+
+    def poll(self) -> bool:
+        """Whether the last save is complete, without waiting. Process 0 knows; the others learn it from `wait`."""
+        with self._errors_named():
+            self._manager.check_for_errors()
+        return self._committed
+
+    def wait(self) -> None:
+        """Returns when the last save is complete."""
+        with self._errors_named():
+            self._manager.wait_until_finished()
+
+    def _on_commit(self) -> None:
+        self._committed = True
+
+    @contextmanager
+    def _errors_named(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise CheckpointWriteError(
+                f"checkpoint {self._path} could not be written: {files.first_line(error)}. The ones before it are"
+                " untouched. Check the free space and the permissions there, then run the same command again: it goes"
+                " on from the newest of them."
+            ) from error
+
+
+def save_step_checkpoint(io: CheckpointIO, root: Root, state: PyTree, step: int, *, metadata: Metadata) -> None:
+    """Writes `<root>/step-{step}`, to be kept for good."""
+    io.save(files.step_path(root, step), state, metadata={**metadata, "step": step, "is_temporary": False})
+
+
+def save_temporary_checkpoint(io: CheckpointIO, root: Root, state: PyTree, step: int, *, metadata: Metadata) -> None:
+    """Writes `<root>/step-{step}`, marked as one that later checkpoints replace."""
+    io.save(files.step_path(root, step), state, metadata={**metadata, "step": step, "is_temporary": True})
+
+
+class Checkpoints:
+    """The checkpoints that a run writes: when, and which of them stay.
+
+    `metadata(step)` is what to write beside the arrays: at least run_id, config_hash and data_offset (examples
+    consumed). `resumed` is the metadata of the checkpoint that this run started from, if any: it is known to be good.
+
+        checkpoints = Checkpoints(root, cfg, metadata=describe, resumed=resumed)
+        for ...:
+            state, metrics = train_step(state, batch)
+            checkpoints.on_step(state, step)
+        checkpoints.save(state, step)
+        checkpoints.wait()
+
+    Raises:
+      OSError: nothing can be written to `root`.
+    """
+
+    def __init__(
+        self,
+        root: Root,
+        cfg: CheckpointConfig,
+        *,
+        metadata: Callable[[int], Metadata],
+        resumed: Metadata | None = None,
+    ):
+        import jax
+
+        self._root, self._cfg, self._metadata = root, cfg, metadata
+        self._first_process = jax.process_index() == 0
+        if self._first_process:
+            files.check_writable(root)
+            files.remove_unfinished(root)
+        self._io = TensorStoreIO(checksums=cfg.checksums)
+        # Steps whose directory is known to hold this run's state: written by this process, or verified when read.
+        self._good: set[int] = set()
+        if resumed and files.same_place(resumed["path"], self._path(resumed["step"])):
+            self._good.add(resumed["step"])
+        self._temporary = files.temporary_steps(root)
+        self._writing: tuple[int, bool] | None = None  # step, temporary
+        self._last_save = time.monotonic()
+
+    def on_step(self, state: PyTree, step: int) -> None:
+        """To be called after each step with the number of completed ones: saves when the time has come.
+
+        Raises:
+          CheckpointWriteError: this save, or the one before it in the background, failed.
+        """
+        self._settle(wait=False)
+        if step % self._cfg.every == 0:
+            self._save(state, step, temporary=False)
+        elif self._temporary_is_due(step):
+            self._save(state, step, temporary=True)
+
+    def save(self, state: PyTree, step: int) -> None:
+        """Saves now, for good; a temporary checkpoint of this very step becomes a permanent one."""
+        self._save(state, step, temporary=False)
+
+    def wait(self) -> None:
+        """Returns when everything is on disk. To be called before the program ends."""
+        self._settle(wait=True)
+
+    def _save(self, state: PyTree, step: int, *, temporary: bool) -> None:
+        from train import checkpoint_arrays as arrays
+
+        self._settle(wait=True)
+        self._last_save = time.monotonic()
+        if step in self._good:
+            if not temporary:
+                self._keep(step)
+            return
+        if self._first_process:
+            files.make_room(self._path(step))
+        arrays.wait_for_every_process(f"room for checkpoint {step}")
+        save = save_temporary_checkpoint if temporary else save_step_checkpoint
+        save(self._io, self._root, state, step, metadata=self._metadata(step))
+        self._writing = step, temporary
+
+    def _settle(self, *, wait: bool) -> None:
+        """Takes note of a save that is complete, and deletes the temporary checkpoints that it replaces."""
+        writing, self._writing = self._writing, None  # also where poll or wait raises: a failed save never counts
+        if wait:
+            self._io.wait()
+        elif not self._io.poll():
+            self._writing = writing
+            return
+        if writing is None:
+            return
+        step, temporary = writing
+        self._good.add(step)
+        self._temporary = sorted({*self._temporary, step} if temporary else {*self._temporary} - {step})
+        while len(self._temporary) > self._cfg.keep_temporary:
+            oldest = self._temporary.pop(0)
+            self._good.discard(oldest)
+            if self._first_process:
+                files.remove(self._path(oldest))
+
+    def _keep(self, step: int) -> None:
+        if step in self._temporary:
+            self._temporary.remove(step)
+            if self._first_process:
+                files.mark_permanent(self._path(step))
+
+    def _temporary_is_due(self, step: int) -> bool:
+        """Process 0 decides for all: their clocks differ, and half a checkpoint is none."""
+        import jax
+
+        from train import checkpoint_arrays as arrays
+
+        if not self._cfg.temporary_minutes or (jax.process_count() > 1 and step % _STEPS_BETWEEN_CLOCK_QUESTIONS):
+            return False
+        return arrays.as_on_first_process(time.monotonic() - self._last_save >= 60 * self._cfg.temporary_minutes)
+
+    def _path(self, step: int) -> str:
+        return files.step_path(self._root, step)
+
+
+def restore_latest_or_initialize(
+    roots: Sequence[Root],
+    state_shape: PyTree,
+    *,
+    mesh: "Mesh",
+    init: Callable[[], PyTree],
+    require: bool = False,
+) -> tuple[PyTree, Metadata | None]:
+    """The newest valid checkpoint under `roots` with its metadata (and `path`); where there is none, (init(), None).
+
+    Newest is by step, over all roots; a root may itself be a `step-{n}` directory. A checkpoint that cannot be read, or
+    whose checksums differ, is refused with a warning, and the next older one is tried.
+
+    `state_shape` has ShapeDtypeStructs, as from `jax.eval_shape(init)` within `jax.set_mesh(mesh)`. Restored arrays get
+    their PartitionSpecs on `mesh` (whole on every device where there is none), whatever mesh wrote them.
+
+    Raises:
+      CheckpointMismatchError: the arrays of the newest readable checkpoint are not those of `state_shape`.
+      NoUsableCheckpointError: there are checkpoints, and every one of them was refused.
+      FileNotFoundError: there is no checkpoint, and `require` is set.
+    """
+    from train import checkpoint_arrays as arrays
+
+    wanted = arrays.named_arrays(state_shape)
+    refused: list[str] = []
+    for path in files.find_complete(roots):
+        loaded, metadata, reason = None, {}, "refused by another process, see its log"
+        try:
+            metadata = files.read_metadata(path)
+            arrays.check_specs(path, metadata["specs"], arrays.specs(wanted))
+            loaded = arrays.load(path, wanted, mesh, metadata.get("checksums"))
+        except arrays.CheckpointMismatchError:
+            raise
+        except Exception as error:  # whatever TensorStore meets in broken files: ValueError, FileNotFoundError, ...
+            reason = files.first_line(error)
+        everywhere = arrays.true_on_every_process(loaded is not None)
+        if loaded is not None and everywhere:
+            log.info("resuming from step %d: %s (saved at %s)", metadata["step"], path, metadata["timestamp"])
+            return arrays.rebuild(state_shape, loaded), {**metadata, "path": path}
+        refused.append(f"{path}: {reason}")
+        log.warning("refusing checkpoint %s", refused[-1])
+    places = ", ".join(map(str, roots))
+    if refused:
+        raise NoUsableCheckpointError(
+            f"{len(refused)} checkpoints under {places}, and none can be used:\n  "
+            + "\n  ".join(refused)
+            + "\nThey are"
+            " left as they are. To train from scratch, choose another output path or move these directories away."
+        )
+    if require:
+        raise FileNotFoundError(
+            f"load_checkpoint is set, and there is no complete checkpoint under {places}: no directory step-<n> with a"
+            " metadata.json. Correct the path, or leave load_checkpoint off to train from scratch."
+        )
+    log.info("no checkpoint under %s: training starts from scratch", places)
+    return init(), None

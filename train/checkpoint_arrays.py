@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arrays of a checkpoint: their names, how they are described, stored, verified and placed on a mesh."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from train import lev
+
+PyTree = Any
+Spec = list  # [shape, dtype], as JSON gives it back: [[4, 8], "bfloat16"]
+
+
+class CheckpointMismatchError(ValueError):
+    """The newest readable checkpoint holds other arrays than this run: another model or optimizer wrote it."""
+
+
+def named_arrays(state: PyTree) -> dict[str, Any]:
+    """Every leaf under its place in the tree, such as "params/blocks/w_q": its name on disk and in messages.
+
+    Raises:
+      TypeError: a leaf is no array, so that it would not be saved.
+      ValueError: two leaves have the same name.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    if len(named) < len(leaves):
+        raise ValueError(
+            f"checkpoint: {len(leaves)} arrays have only {len(named)} names. Take the '/' out of dict keys."
+        )
+    for name, leaf in named.items():
+        if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"checkpoint: {name} is of type {type(leaf).__name__}. Only arrays are saved: use jnp.asarray."
+            )
+    return named
+
+
+def rebuild(state_shape: PyTree, arrays: dict[str, jax.Array]) -> PyTree:
+    return jax.tree.unflatten(jax.tree.structure(state_shape), [arrays[name] for name in named_arrays(state_shape)])
+
+
+def specs(arrays: dict[str, Any]) -> dict[str, Spec]:
+    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in arrays.items()}
+
+
+def check_specs(path: str, found: dict[str, Spec], wanted: dict[str, Spec]) -> None:
+    """Raises CheckpointMismatchError where the checkpoint at `path` holds other arrays than this run."""
+    names = sorted(found.keys() | wanted.keys())
+    different = [name for name in names if found.get(name) != wanted.get(name)]
+    if not different:
+        return
+
+    def show(spec: Spec | None) -> str:
+        return f"{spec[1]}{spec[0]}" if spec else "nothing"
+
+    lines = [f"  {name}: {show(found.get(name))} there, {show(wanted.get(name))} here" for name in different[:5]]
+    raise CheckpointMismatchError(
+        f"checkpoint {path} is of another model or optimizer: {len(different)} of {len(names)} arrays differ\n"
+        + "\n".join(lines + ["  ..."] * (len(different) > 5))
+        + "\nGo on with the configuration that wrote it, or choose another output path to train from scratch."
+    )
+
+
+def stored(arrays: dict[str, Any]) -> dict[str, Any]:
+    """What goes to disk: of a typed key its uint32 words, every other array as it is."""
+    return {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in arrays.items()}
+
+
+def load(
+    path: str, wanted: dict[str, jax.ShapeDtypeStruct], mesh: Mesh, sums: dict[str, int] | None
+) -> dict[str, jax.Array]:
+    """The arrays of a checkpoint, with the PartitionSpecs of `wanted` on `mesh` (whole where one has none).
+
+    Raises:
+      ValueError: they are not what was saved: shape, dtype or one of the checksums `sums` differs.
+      Exception: whatever TensorStore makes of broken files.
+    """
+    targets = {name: _target(leaf, mesh) for name, leaf in wanted.items()}
+    arrays = lev.load_checkpoint(targets, path, mesh=mesh)
+    on_disk, described = specs(arrays), specs(targets)
+    for name in described:
+        if on_disk[name] != described[name]:
+            raise ValueError(f"{name} is {on_disk[name]} on disk, and metadata.json says {described[name]}")
+    if sums is not None:
+        bad = [name for name, value in checksums(arrays).items() if sums.get(name) != value]
+        if bad:
+            raise ValueError(
+                f"{len(bad)} of {len(arrays)} arrays are not what was saved (checksum): {', '.join(bad[:3])}"
+            )
+    return {name: _as_key(array, wanted[name]) if _is_key(wanted[name]) else array for name, array in arrays.items()}
+
+
+def checksums(arrays: dict[str, jax.Array]) -> dict[str, int]:
+    return {name: int(value) for name, value in jax.device_get(jax.tree.map(_checksum, arrays)).items()}
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    """sum_i hash(bits(x[i]) + i * odd) mod 2**32, uint32.
+
+    A sum does not care who adds first: every sharding, on any number of hosts, gives the same, each device reads its
+    own part, and nothing is copied to the host. A CRC offers none of this. `hash` is a bijection, so one changed
+    element always shows; several together escape once in 2**32. It is the finalizer of MurmurHash3 (public domain).
+    """
+    x = x.astype(jnp.uint8) if x.dtype == bool else x
+    bits = jax.lax.bitcast_convert_type(x, f"uint{min(8 * x.dtype.itemsize, 32)}").astype(jnp.uint32)
+    mixed, stride = bits, 0x9E3779B1
+    for axis in reversed(range(bits.ndim)):
+        index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis, out_sharding=jax.typeof(bits).sharding)
+        mixed = mixed + index * jnp.uint32(stride % 2**32)
+        stride *= bits.shape[axis]
+    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
+
+
+def wait_for_every_process(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def true_on_every_process(here: bool) -> bool:
+    if jax.process_count() == 1:
+        return here
+    return bool(multihost_utils.process_allgather(np.asarray(here)).all())
+
+
+def as_on_first_process(here: bool) -> bool:
+    if jax.process_count() == 1:
+        return here
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(here)))
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _as_key(words: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    # key_impl takes keys, not their shapes: ask it of a traced one.
+    names: list = []
+    jax.eval_shape(lambda key: names.append(jax.random.key_impl(key)), wanted)
+    return jax.random.wrap_key_data(words, impl=names[0])
+
+
+def _target(leaf: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    spec = leaf.sharding.spec if isinstance(leaf.sharding, NamedSharding) else PartitionSpec()
+    words = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+    return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=NamedSharding(mesh, spec))

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The knobs of the training loop, the same for every variant. No jax here: `--help` reads this file."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True)
+class GrugTrainerConfig:
+    """Steps, batches, and what the loop does beside the step."""
+
+    steps: Annotated[int, tyro.conf.arg(aliases=["--steps"])] = 2000
+    # Sequences per step, over all devices.
+    batch_size: int = 512
+    seq_len: int = 4096
+    # Weight of lse**2 in the loss: keeps the log-sum-exp of the logits near zero (arXiv:2204.02311).
+    z_loss_weight: float = 1e-4
+    # Coefficient of the exponential moving average of the weights that is evaluated and saved too; None: no average.
+    ema_beta: float | None = None
+    seed: int = 0
+    # Devices that share each layer (tensor parallelism); the others share the batch.
+    model_axis: int = 1
+    # Losses stay on the device between two of these steps.
+    log_every: int = 10
+    # True: start from a checkpoint or fail. Otherwise the run's own newest checkpoint is used when there is one.
+    load_checkpoint: bool = False
+    # Start from this directory's newest checkpoint instead of the run's own.
+    load_checkpoint_path: str | None = None
+    # Peak TFLOP/s of one device, for MFU, where this project does not know the device.
+    peak_tflops: float | None = None
+    # A kernel that refuses and is replaced by a slower one is an error, not a warning.
+    require_kernels: bool = False
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "seq_len", "model_axis", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"GrugTrainerConfig: {name}={getattr(self, name)}; it is at least 1.")
+        if self.ema_beta is not None and not 0 < self.ema_beta < 1:
+            raise ValueError(f"GrugTrainerConfig: ema_beta={self.ema_beta}; choose between 0 and 1, or None for no average.")

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The device mesh: five explicit axes, all always there, so that a PartitionSpec never has to ask which exist."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+AXES = ("replica_dcn", "data", "context", "expert", "model")
+
+
+def create_mesh(
+    global_batch_size: int, *, replica_dcn: int = 1, context: int = 1, expert: int = 1, model: int = 1
+) -> "Mesh":
+    """A mesh over all devices with axes `AXES`; `data` takes the devices that the other axes leave.
+
+    Batches are split over ("replica_dcn", "data"), weights over "data" and "model".
+
+    Raises:
+      ValueError: the axes do not divide the devices, or the batch does not divide over ("replica_dcn", "data").
+    """
+    import jax
+    from jax.sharding import AxisType
+
+    devices = jax.device_count()
+    others = replica_dcn * context * expert * model
+    if devices % others:
+        raise ValueError(
+            f"create_mesh: replica_dcn={replica_dcn} x context={context} x expert={expert} x model={model} = {others} does"
+            f" not divide {devices} devices. Choose axis sizes whose product divides {devices}."
+        )
+    data = devices // others
+    if global_batch_size % (replica_dcn * data):
+        raise ValueError(
+            f"create_mesh: batch_size={global_batch_size} is not a multiple of replica_dcn x data = {replica_dcn * data}"
+            f" ({devices} devices). Each of these takes an equal share of the batch: choose a multiple of"
+            f" {replica_dcn * data}, or fewer devices."
+        )
+    return jax.make_mesh((replica_dcn, data, context, expert, model), AXES, axis_types=(AxisType.Explicit,) * len(AXES))

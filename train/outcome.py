@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a run ends: with a summary, samples and a report, or with what is saved and how to go on."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from train.checkpoint import CheckpointWriteError, newest_checkpoint
+from train.metrics import NonFiniteLossError
+from train.progress import phase
+from train.report import write_report
+from train.rundir import RunDir, say
+from train.summary import SUMMARY_FILE, Ending, summarise
+
+
+@contextmanager
+def advice_on_failure(run: RunDir) -> Iterator[None]:
+    """Inside, a loss that is not finite, a checkpoint that cannot be written, or Ctrl-C ends the program with advice.
+
+    The exit codes are 3, 4 and 130.
+    """
+    try:
+        yield
+    except NonFiniteLossError as error:
+        say(f"error: {error}")
+        say(f"last good checkpoint: {newest_checkpoint(run.checkpoints) or 'none was saved yet'}")
+        raise SystemExit(3) from error
+    except CheckpointWriteError as error:
+        say(f"error: {error}")
+        raise SystemExit(4) from error
+    except KeyboardInterrupt:
+        say(f"\nstopped. Newest checkpoint: {newest_checkpoint(run.checkpoints) or 'none was saved yet'}")
+        say(f"go on with: {run.resume_command}")
+        raise
+
+
+def already_finished(run: RunDir, step: int) -> None:
+    """Says so, where a run is started again that has nothing left to do."""
+    say(f"{run.run_id} finished at step {step}: nothing to train. Its summary is {run.path / SUMMARY_FILE}.")
+    say("Another run of the same configuration: --run-id NAME. A longer one: --steps N (another schedule, another run).")
+
+
+def finish(run: RunDir, started: float, draw_samples: Callable[[], list[str]]) -> None:
+    """Samples, summary (printed), summary.json and report.html of a run whose last checkpoint is on disk.
+
+    started: `perf_counter()` when the process began its work.
+    """
+    with phase("drawing samples"):
+        samples = draw_samples()
+    checkpoint = newest_checkpoint(run.checkpoints)
+    ending = Ending(run.resume_command, checkpoint, perf_counter() - started, tuple(samples))
+    text = summarise(run.path, ending)
+    write_report(run.path)
+    say(text)
+
+
+def baselines(data: Any) -> dict[str, float]:
+    """What the summary compares bits per byte with: models that know frequencies and no order."""
+    overall = data.baselines["overall"]
+    return {"baseline/byte_unigram_bpb": overall.byte_bpb, "baseline/token_unigram_bpb": overall.token_bpb}
+

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m train.run`: trains a variant.
+
+    python -m train.run --stacked                         the laptop preset of grug_model/array_stacked
+    python -m train.run --variant mine --preset 130m      another variant, another preset
+    python -m train.run --config run.yaml --steps 500     fields from a file; flags win over it
+    python -m train.run --resume runs/NAME                go on with a run that was stopped
+"""
+
+import argparse
+import dataclasses
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+import yaml
+
+from train.knobs import only_the_knobs
+from train.rundir import from_dict, read_config, say
+
+VARIANTS = Path(__file__).parent.parent / "grug_model"
+
+
+@dataclass(frozen=True)
+class Choose:
+    """What to train. Everything below is a field of the variant's own launch configuration."""
+
+    # A folder of grug_model/.
+    variant: str = "base"
+    # Short for --variant array_stacked: one scanned block, compiled once.
+    stacked: bool = False
+    # Where the fields start from: a key of PRESETS in the variant's launch.py.
+    preset: str = "laptop"
+    # A YAML file with fields of the launch configuration.
+    config: Path | None = None
+    # The folder of a stopped run: its own configuration and its newest valid checkpoint.
+    resume: Path | None = None
+
+
+def main(argv: list[str] | None = None, *, variant: str | None = None) -> None:
+    """Parses the command line, then trains. `variant` is the one a variant's own launch.py names."""
+    argv = sys.argv[1:] if argv is None else argv
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    try:
+        chosen, start = _chosen(argv, variant)
+        launch = _parsed(argv, chosen, start)
+        importlib.import_module(f"grug_model.{chosen.variant}.launch").run(launch)
+    except (ValueError, OSError) as error:
+        say(f"error: {error}")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _chosen(argv: list[str], variant: str | None) -> tuple[Choose, Any]:
+    """The flags that decide where the others start from, and that start: preset, then file or stopped run."""
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--variant", default=variant or "base")
+    flags.add_argument("--stacked", action="store_true")
+    flags.add_argument("--preset", default="laptop")
+    flags.add_argument("--config", type=Path)
+    flags.add_argument("--resume", type=Path)
+    known, _ = flags.parse_known_args(argv)
+    saved = None
+    if known.resume:
+        known.variant, saved = read_config(known.resume)
+    elif known.stacked:
+        known.variant = "array_stacked"
+    chosen = Choose(**vars(known))
+    presets = _launch(chosen.variant, argv).PRESETS
+    if chosen.preset not in presets:
+        raise ValueError(f"--preset {chosen.preset}: {chosen.variant} has no such preset. It has: {', '.join(presets)}.")
+    start = presets[chosen.preset]
+    if chosen.config:
+        start = from_dict(start, yaml.safe_load(chosen.config.read_text()) or {}, str(chosen.config))
+    if saved is not None:
+        start = from_dict(start, saved, str(chosen.resume))
+        load = dataclasses.replace(start.trainer, load_checkpoint=True)
+        start = dataclasses.replace(start, trainer=load, run_id=chosen.resume.name, output_path=str(chosen.resume))
+    return chosen, start
+
+
+def _parsed(argv: list[str], chosen: Choose, start: Any) -> Any:
+    """The launch configuration: `start` with every flag in `argv` applied."""
+    everything = dataclasses.make_dataclass(
+        "Everything",
+        [
+            ("choose", Annotated[Choose, tyro.conf.arg(name="")]),
+            ("launch", Annotated[type(start), tyro.conf.arg(name="")]),
+        ],
+    )
+    default = everything(chosen, start)
+    return tyro.cli(everything, default=default, args=argv, prog="python -m train.run", description=__doc__).launch
+
+
+def _launch(variant: str, argv: list[str]) -> Any:
+    """The variant's launch module; for `--help` without its model, which takes jax two seconds to import."""
+    there_are = sorted(folder.parent.name for folder in VARIANTS.glob("*/launch.py"))
+    if variant not in there_are:
+        raise ValueError(f"--variant {variant}: there is no grug_model/{variant}/launch.py. Variants: {', '.join(there_are)}.")
+    if {"-h", "--help"} & set(argv):
+        only_the_knobs(VARIANTS / variant / "model.py", f"grug_model.{variant}.model")
+    return importlib.import_module(f"grug_model.{variant}.launch")
+
+
+if __name__ == "__main__":
+    main()

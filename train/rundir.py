@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run's name, folder and configuration on disk. No jax here."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# What may differ between two starts of the same run: where things are kept, and how often they are looked at.
+UNVERSIONED = (
+    "run_id",
+    "output_path",
+    "tracker",
+    "checkpoint",
+    "eval",
+    "data.cache_dir",
+    "trainer.log_every",
+    "trainer.load_checkpoint",
+    "trainer.load_checkpoint_path",
+    "trainer.peak_tflops",
+    "trainer.require_kernels",
+)
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """`path` holds checkpoints/, metrics.jsonl, config.json, summary.json and report.html."""
+
+    run_id: str
+    path: Path
+    variant: str
+    config_hash: str
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def describe(self, batch_size: int) -> Callable[[int], dict[str, Any]]:
+        """What a checkpoint after `step` steps says of its run."""
+        return lambda step: {
+            "run_id": self.run_id,
+            "variant": self.variant,
+            "config_hash": self.config_hash,
+            "data_offset": step * batch_size,
+        }
+
+    @property
+    def resume_command(self) -> str:
+        return f"uv run python -m train.run --resume {os.path.relpath(self.path)}"
+
+
+def open_run(variant: str, config: Any) -> RunDir:
+    """Names the run, makes its folder and writes config.json.
+
+    The name is `config.run_id`, or GRUG_RUN_ID, or made of the variant and a hash of the configuration, so that the
+    same command finds its own run again; with FERRY_DATE set, `-<date>` follows.
+
+    Raises:
+      OSError: the folder cannot be made or written; the message says which and why.
+    """
+    config_hash = hash_of(variant, config)
+    run_id = config.run_id or os.environ.get("GRUG_RUN_ID") or f"{variant}-{config_hash}"
+    if date := os.environ.get("FERRY_DATE"):
+        run_id = f"{run_id}-{date}"
+    run = RunDir(run_id, Path(config.output_path or Path("runs") / run_id), variant, config_hash)
+    try:
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        _say_what_changed(run, config)
+        write_atomically(run.path / "config.json", json.dumps({"variant": variant, "config": as_dict(config)}, indent=2))
+    except OSError as error:
+        raise OSError(
+            f"cannot write the run's folder {run.path}: {error}. Choose a folder you may write to with --output-path."
+        ) from error
+    return run
+
+
+def _say_what_changed(run: RunDir, config: Any) -> None:
+    """A run may be gone on with under other knobs, but not in silence."""
+    file = run.path / "config.json"
+    if not file.is_file():
+        return
+    before, now = _versioned(json.loads(file.read_text())["config"]), _versioned(as_dict(config))
+    old, new = _flat(before), _flat(now)
+    for name in sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)):
+        say(f"warning: {run.run_id} goes on with {name} = {new.get(name)}; it was {old.get(name)} when the run began.")
+
+
+def check_fit(config: Any) -> None:
+    """Raises ValueError where parts of a configuration that are right by themselves do not fit each other."""
+    if config.trainer.seq_len > config.model.max_seq_len:
+        raise ValueError(
+            f"trainer.seq_len={config.trainer.seq_len} is longer than model.max_seq_len={config.model.max_seq_len}. Cut the"
+            " sequences, or train with a larger max_seq_len."
+        )
+
+
+def check_vocab_size(config: Any, tokens: int) -> None:
+    """Raises ValueError where the tokenizer has more tokens than the model: their ids would be clamped in silence."""
+    if tokens > config.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokens} tokens, and model.vocab_size={config.model.vocab_size}. Set model.vocab_size to at"
+            f" least {tokens}, or choose a tokenizer with fewer (data.vocab_size)."
+        )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """`path` holds the old text or the new, never half of it."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def hash_of(variant: str, config: Any) -> str:
+    """Eight hexadecimal digits of everything in the configuration that the result depends on."""
+    return hashlib.sha256(json.dumps([variant, _versioned(as_dict(config))], sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _versioned(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` without what may differ between two starts of one run."""
+    kept = json.loads(json.dumps(config))
+    for path in UNVERSIONED:
+        *parents, name = path.split(".")
+        node = kept
+        for parent in parents:
+            node = node[parent]
+        node.pop(name, None)
+    return kept
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """The configuration as JSON's types: what `from_dict` reads."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def from_dict(default: Any, values: dict[str, Any], where: str) -> Any:
+    """`default`, a dataclass, with the fields that `values` names replaced; nested dataclasses by nested dicts.
+
+    Raises:
+      ValueError: a key is no field, with those there are.
+    """
+    fields = {field.name for field in dataclasses.fields(default)}
+    if not isinstance(values, dict) or set(values) - fields:
+        unknown = sorted(set(values) - fields) if isinstance(values, dict) else values
+        raise ValueError(f"{where}: {unknown} is no field of {type(default).__name__}. Fields: {', '.join(sorted(fields))}.")
+    hints = typing.get_type_hints(type(default))
+    replaced = {
+        name: from_dict(getattr(default, name), value, f"{where}.{name}")
+        if dataclasses.is_dataclass(getattr(default, name))
+        else _typed(hints[name], value)
+        for name, value in values.items()
+    }
+    return dataclasses.replace(default, **replaced)
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    """JSON and YAML write 1 for 1.0 and 3e-4 as text: where a number is meant, a number comes out."""
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if float in kinds and isinstance(value, int | str) and not isinstance(value, bool) and str not in kinds:
+        return float(value)
+    return value
+
+
+def read_config(path: Path) -> tuple[str, dict[str, Any]]:
+    """Variant and configuration of the run in folder `path`.
+
+    Raises:
+      FileNotFoundError: there is no run.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        runs = sorted(str(found.parent) for found in Path("runs").glob("*/config.json"))
+        there_are = f"Runs there are: {', '.join(runs)}." if runs else "There are no runs in runs/ yet."
+        raise FileNotFoundError(f"--resume {path}: no run there ({file} does not exist). {there_are}")
+    saved = json.loads(file.read_text())
+    return saved["variant"], saved["config"]
+
+
+def say(text: str) -> None:
+    """Prints for the person who started the run."""
+    print(text, file=sys.stderr, flush=True)

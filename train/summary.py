@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads a run's metrics back (`read_history`), and says at its end what came of it (`summarise`)."""
+
+import json
+import logging
+import math
+import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from train.metrics import METRICS_FILE
+from train.rundir import write_atomically
+
+if TYPE_CHECKING:
+    from grug_kernels.dispatch import Choice
+
+log = logging.getLogger(__name__)
+
+SUMMARY_FILE = "summary.json"
+REPORT_FILE = "report.html"
+# Summary metrics that the loop logs once: bits per byte of models without context, to measure ours against.
+BYTE_UNIGRAM = "baseline/byte_unigram_bpb"
+TOKEN_UNIGRAM = "baseline/token_unigram_bpb"
+
+WIDTH = 100  # columns of the text
+LABEL = 16
+VERBATIM: Any = {"replace_whitespace": False, "drop_whitespace": False}  # sampled code keeps its indentation
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What only the loop knows when it ends. `wall_seconds` are those of this process."""
+
+    resume_command: str
+    checkpoint: str | None
+    wall_seconds: float
+    samples: tuple[str, ...] = ()
+
+
+@dataclass
+class History:
+    """A metrics file, read back: `rows[step]` holds what was logged for a step, `summary` the facts about the run."""
+
+    rows: dict[int, dict[str, Any]] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    warm_up: set[int] = field(default_factory=set)  # rows that time a process's first window, compilation included
+
+    def series(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) of a metric in order of steps, where it is a finite number."""
+        points = [(step, row[name]) for step, row in sorted(self.rows.items()) if name in row]
+        return [(step, value) for step, value in points if isinstance(value, int | float) and math.isfinite(value)]
+
+    def names(self) -> list[str]:
+        return sorted({name for row in self.rows.values() for name in row})
+
+
+def read_history(run_dir: Path | str) -> History:
+    """Reads `<run_dir>/metrics.jsonl`. Of a step that was logged again after a resume, the later row wins.
+
+    Rows past the step that a process resumed from belong to a future that was given up, and are dropped. Lines that
+    are no JSON (a killed process leaves half a row) are skipped, with a warning that counts them.
+
+    Raises:
+      FileNotFoundError: there is no metrics file.
+    """
+    path = Path(run_dir) / METRICS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no {METRICS_FILE} in {str(run_dir)!r}. Expected the directory of a run, which holds one from its first"
+            " step on: pass the directory that the run printed when it started."
+        )
+    history, torn, warming_up = History(), 0, True
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            event = json.loads(line)
+            kind, metrics = event["event"], event.get("metrics", {})
+        except (ValueError, KeyError, TypeError):
+            torn += 1
+            continue
+        if kind == "hparams":
+            history.config = event["hparams"]
+        elif kind == "summary":
+            history.summary |= metrics
+            if "run/start_step" in metrics:  # a process starts or resumes
+                history.rows = {step: row for step, row in history.rows.items() if step <= metrics["run/start_step"]}
+                warming_up = True
+                for stale in ("run/failed_step", "run/failure"):
+                    history.summary.pop(stale, None)
+        elif kind == "log" and event["step"] is not None:
+            step = event["step"]
+            history.rows.setdefault(step, {}).update(metrics)
+            if "throughput/duration" in metrics:
+                (history.warm_up.add if warming_up else history.warm_up.discard)(step)
+                warming_up = False
+    if torn:
+        log.warning("%s: skipped %d unreadable lines", path, torn)
+    return history
+
+
+def kernel_metrics(choices: Iterable["Choice"]) -> dict[str, str]:
+    """`kernel/<op>/{requested,implementation,refused}` for `log_summary`, from `dispatch.recording()`.
+
+    An op is chosen once per trace (training, evaluation); where traces differ, all answers are listed.
+    """
+    found: dict[str, dict[str, None]] = {}
+    for choice in choices:
+        name = f"kernel/{choice.op}"
+        found.setdefault(f"{name}/requested", {})[choice.requested or "auto"] = None
+        found.setdefault(f"{name}/implementation", {})[choice.used] = None
+        found.setdefault(f"{name}/refused", {}).update({f"{who}: {why}": None for who, why in choice.refusals})
+    return {name: "; ".join(answers) for name, answers in found.items()}
+
+
+def collect(history: History) -> dict[str, Any]:
+    """The facts of a run as plain values, None where they are not known: what is printed, stored and reported."""
+    summary, losses = history.summary, history.series("train/loss")
+    return {
+        "steps": max(history.rows, default=0),
+        "total_steps": summary.get("run/total_steps"),
+        "failure": summary.get("run/failure"),
+        "loss": {"first": _first(losses), "last": _last(losses), "eval": _last_and_best(history, "loss")},
+        "bits_per_byte": {
+            **(_last_and_best(history, "bpb") or {}),
+            "byte_unigram": summary.get(BYTE_UNIGRAM),
+            "token_unigram": summary.get(TOKEN_UNIGRAM),
+        },
+        "throughput": _throughput(history),
+        "kernels": _kernels(summary),
+        "device_kind": summary.get("throughput/device_kind"),
+        "device_count": summary.get("throughput/device_count"),
+        "compile_seconds": summary.get("compile/seconds"),
+    }
+
+
+def _first(points: list[tuple[int, float]]) -> dict[str, float] | None:
+    return {"step": points[0][0], "value": points[0][1]} if points else None
+
+
+def _last(points: list[tuple[int, float]]) -> dict[str, float] | None:
+    return {"step": points[-1][0], "value": points[-1][1]} if points else None
+
+
+def _last_and_best(history: History, metric: str) -> dict[str, Any] | None:
+    """Of eval/<metric>, or of the averaged weights' where only those were evaluated."""
+    for name in (f"eval/{metric}", f"eval/ema/{metric}"):
+        if points := history.series(name):
+            best = min(points, key=lambda point: point[1])
+            return {"name": name, "last": _last(points), "best": {"step": best[0], "value": best[1]}}
+    return None
+
+
+def _throughput(history: History) -> dict[str, Any] | None:
+    """Medians over the windows after the first of each process, and every number that MFU is made of."""
+    windows = [value for step, value in history.series("throughput/examples_per_second") if step not in history.warm_up]
+    if not windows:
+        return None
+    examples_per_second, summary = median(windows), history.summary
+    flops, peak = summary["throughput/flops_per_example"], summary.get("throughput/theoretical_flops")
+    return {
+        "windows": len(windows),
+        "examples_per_second": examples_per_second,
+        "tokens_per_second": examples_per_second * flops / summary["throughput/flops_per_token_analytic"],
+        "flops_per_example": flops,
+        "peak_flops_per_second": peak,
+        "peak_source": summary.get("throughput/peak_source"),
+        "mfu_percent": 100 * flops * examples_per_second / peak if peak else None,
+    }
+
+
+def _kernels(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    ops = sorted({name.split("/")[1] for name in summary if name.startswith("kernel/")})
+    columns = ("requested", "implementation", "refused")
+    return [{"op": op, **{column: summary.get(f"kernel/{op}/{column}", "") for column in columns}} for op in ops]
+
+
+def summarise(run_dir: Path | str, ending: Ending) -> str:
+    """The text printed at the end of a run, at most 100 columns wide; also writes `<run_dir>/summary.json`."""
+    facts = collect(read_history(run_dir)) | asdict(ending) | {"report": str(Path(run_dir) / REPORT_FILE)}
+    write_atomically(Path(run_dir) / SUMMARY_FILE, json.dumps(facts, indent=2) + "\n")
+    title = f"{Path(run_dir).resolve().name}: {facts['steps']} of {facts['total_steps'] or '?'} steps"
+    lines = [f"── {title} ".ljust(WIDTH, "─")]
+    for label, text in _sections(facts):
+        lines += _aligned(label, text)
+    if ending.samples:
+        lines.append("── samples ".ljust(WIDTH, "─"))
+    for sample in ending.samples:
+        wrapped = [part for line in sample.splitlines() for part in textwrap.wrap(line, WIDTH - 2, **VERBATIM) or [""]]
+        lines += [f"{'  ' if i else '> '}{part}" for i, part in enumerate(wrapped or ["(nothing)"])]
+    return "\n".join([*lines, "─" * WIDTH])
+
+
+def _sections(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    sections = [("failed", facts["failure"])] if facts["failure"] else []
+    sections += [
+        ("loss", loss_text(facts["loss"])),
+        ("bits per byte", bits_per_byte_text(facts["bits_per_byte"])),
+        ("tokens/s", tokens_text(facts["throughput"])),
+        ("MFU", mfu_text(facts)),
+        ("kernels", "\n".join(kernel_text(kernel) for kernel in facts["kernels"]) or "none recorded"),
+        ("compile", clock(facts["compile_seconds"]) if facts["compile_seconds"] is not None else "not measured"),
+        ("wall time", clock(facts["wall_seconds"])),
+        ("checkpoint", facts["checkpoint"] or "none was saved"),
+        ("report", facts["report"]),
+        ("resume with", facts["resume_command"]),
+    ]
+    return sections
+
+
+def loss_text(loss: Mapping[str, Any]) -> str:
+    if loss["first"] is None:
+        return "no step was logged"
+    text = f"{loss['first']['value']:.3f} at step {loss['first']['step']} → {_at(loss['last'])}"
+    return text + (f"; best {loss['eval']['name']} {_at(loss['eval']['best'])}" if loss["eval"] else "")
+
+
+def bits_per_byte_text(bits: Mapping[str, Any]) -> str:
+    ours = f"{bits['name']} {_at(bits['last'])}, best {_at(bits['best'])}" if "last" in bits else "not evaluated"
+    baselines = {"bytes": bits["byte_unigram"], "tokens": bits["token_unigram"]}
+    known = [f"{value:.3f} from the frequencies of {what}" for what, value in baselines.items() if value is not None]
+    return ours + (f"\nwithout any context: {', '.join(known)}" if known else "")
+
+
+def tokens_text(throughput: Mapping[str, Any] | None) -> str:
+    if throughput is None:
+        return "not measured: the first logged window warms up, and there was no second"
+    return f"{si(throughput['tokens_per_second'])}, median of {throughput['windows']} windows (the first warms up)"
+
+
+def mfu_text(facts: Mapping[str, Any]) -> str:
+    """MFU with the numbers it is made of, or why there is none."""
+    throughput = facts["throughput"]
+    if throughput is None:
+        return "not measured, as tokens/s"
+    if throughput["mfu_percent"] is None:
+        return f"no peak FLOP/s is known for {facts['device_kind']}: pass --peak-tflops"
+    peak, count = throughput["peak_flops_per_second"], facts["device_count"]
+    devices = f"{si(peak / count)} FLOP/s × {count} device{'s' * (count > 1)}"
+    doubt = "; above 100 %: the peak or the FLOP count is wrong" if throughput["mfu_percent"] > 100 else ""
+    return (
+        f"{throughput['mfu_percent']:.1f} % = {si(throughput['flops_per_example'])} FLOP per example"
+        f" × {throughput['examples_per_second']:.4g} examples/s / ({devices}){doubt}\n"
+        f"peak of one {facts['device_kind']}: {throughput['peak_source']}"
+    )
+
+
+def kernel_text(kernel: Mapping[str, str]) -> str:
+    refused = f" (refused: {kernel['refused']})" if kernel["refused"] else ""
+    return f"{kernel['op']}: {kernel['requested']} → {kernel['implementation']}{refused}"
+
+
+def _at(point: Mapping[str, float]) -> str:
+    return f"{point['value']:.3f} at step {point['step']}"
+
+
+def _aligned(label: str, text: str) -> list[str]:
+    """`text` beside `label`, wrapped to `WIDTH`. A command is broken so that it can still be pasted into a shell."""
+    room = WIDTH - LABEL
+    if label == "resume with":
+        wrapped = _shell_lines(text, room - 2)
+    else:
+        wrapped = [
+            line for part in text.split("\n") for line in textwrap.wrap(part, room, break_on_hyphens=False) or [""]
+        ]
+    return [f"{label if i == 0 else '':<{LABEL}}{line}" for i, line in enumerate(wrapped)]
+
+
+def _shell_lines(command: str, room: int) -> list[str]:
+    lines = [""]
+    for word in command.split(" "):
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > room:
+            lines[-1] += " \\"
+            lines.append("  " + word)
+        else:
+            lines[-1] += (" " if lines[-1] else "") + word
+    return lines
+
+
+def si(value: float) -> str:
+    """Three digits and a prefix: 1234567 is "1.23M"."""
+    value = float(f"{value:.3g}")  # first, or 999.9 would be neither 1000 nor 1k
+    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g}{prefix}"
+    return f"{value:.3g}"
+
+
+def clock(seconds: float) -> str:
+    """12.3 s, 2 min 05 s, 3 h 07 min."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
