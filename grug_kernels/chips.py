@@ -8,6 +8,7 @@ import functools
 import logging
 import time
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,17 @@ class Chip:
     cores: int | None = None
     vmem_bytes: float | None = None
     ici_bytes_per_second: float | None = None
+
+
+@runtime_checkable
+class Device(Protocol):
+    """What is read of a `jax.Device`."""
+
+    @property
+    def platform(self) -> str: ...
+
+    @property
+    def device_kind(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -131,7 +143,7 @@ def chip(device_kind: str) -> Chip | None:
     return _BY_KIND.get(device_kind)
 
 
-def peak_flops(device: jax.Device) -> Peak | None:
+def peak_flops(device: Device) -> Peak | None:
     """What `device` could do, for the denominator of MFU: the table's bf16 figure; on a CPU a measurement in float32.
 
     None for an accelerator that the table does not have, with a warning logged that says what to do.

@@ -194,17 +194,19 @@ class Checkpoints:
         self._writing: tuple[int, bool] | None = None  # step, temporary
         self._last_save = time.monotonic()
 
-    def on_step(self, state: PyTree, step: int) -> None:
+    def on_step(self, state: PyTree, step: int, *, before_save: Callable[[], None] = lambda: None) -> None:
         """To be called after each step with the number of completed ones: saves when the time has come.
+
+        `before_save` is called before anything is written, and may raise: a state that is no good is not saved.
 
         Raises:
           CheckpointWriteError: this save, or the one before it in the background, failed.
         """
         self._settle(wait=False)
-        if step % self._cfg.every == 0:
-            self._save(state, step, temporary=False)
-        elif self._temporary_is_due(step):
-            self._save(state, step, temporary=True)
+        permanent = step % self._cfg.every == 0
+        if permanent or self._temporary_is_due(step):
+            before_save()
+            self._save(state, step, temporary=not permanent)
 
     def save(self, state: PyTree, step: int) -> None:
         """Saves now, for good; a temporary checkpoint of this very step becomes a permanent one."""

@@ -4,10 +4,13 @@
 from time import perf_counter
 from typing import Any
 
+import jax
+
 from grug_kernels import dispatch
+from grug_kernels.chips import Peak, peak_flops
 from train.metrics import RunTracker
 from train.progress import phase
-from train.summary import kernel_metrics, si
+from train.summary import kernel_metrics
 
 
 def compile_step(train_step: Any, state: Any, batch: Any, tracker: RunTracker, *, require_kernels: bool) -> Any:
@@ -40,8 +43,8 @@ def compile_step(train_step: Any, state: Any, batch: Any, tracker: RunTracker, *
     return compiled
 
 
-def model_size(params: Any) -> str:
-    """"4.3M parameters"."""
-    import jax
-
-    return f"{si(sum(leaf.size for leaf in jax.tree.leaves(params)))} parameters"
+def peak_of_device(peak_tflops: float | None) -> Peak | None:
+    """What one device could do, as the user says or as `chips.py` knows."""
+    if peak_tflops is not None:
+        return Peak(peak_tflops * 1e12, "given by --trainer.peak-tflops", is_measured=False)
+    return peak_flops(jax.devices()[0])

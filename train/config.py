@@ -38,4 +38,6 @@ class GrugTrainerConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"GrugTrainerConfig: {name}={getattr(self, name)}; it is at least 1.")
         if self.ema_beta is not None and not 0 < self.ema_beta < 1:
-            raise ValueError(f"GrugTrainerConfig: ema_beta={self.ema_beta}; choose between 0 and 1, or None for no average.")
+            raise ValueError(
+                f"GrugTrainerConfig: ema_beta={self.ema_beta}; choose between 0 and 1, or None for no average."
+            )

@@ -8,6 +8,7 @@ means both, by two evaluators that differ in the number they attach to a token; 
     bits per byte = sum_t w[t] nats[t] / (ln 2 * sum_t w[t] bytes[t]) = mean nats / (ln 2 * mean bytes)
 """
 
+import contextlib
 import math
 import sys
 from collections.abc import Callable
@@ -77,10 +78,18 @@ class Evaluator:
     def _evaluate(self, evaluator: Any, params: Any) -> dict[str, float]:
         import jax
 
-        levanter_eval = sys.modules[type(evaluator).__module__]
-        # Without Levanter's own progress bar, which would cut through the run's.
-        no_bar = mock.patch.object(levanter_eval, "tqdm", lambda batches, *_, **__: batches)
-        with jax.set_mesh(self._mesh), lev.axis_mapping({"batch": BATCH_AXES}), no_bar:
+        with contextlib.ExitStack() as stack:
+
+            def without_bar(batches: Any, *_: Any, **__: Any) -> Any:
+                """In the place of Levanter's progress bar, which would cut through the run's."""
+                # Levanter does not close what it reads from. Where an evaluation fails or is interrupted, the reading
+                # thread would live on, and abort the interpreter at exit (code 134).
+                stack.callback(batches.items.close)
+                return batches
+
+            stack.enter_context(mock.patch.object(sys.modules[type(evaluator).__module__], "tqdm", without_bar))
+            stack.enter_context(jax.set_mesh(self._mesh))
+            stack.enter_context(lev.axis_mapping({"batch": BATCH_AXES}))
             return {name: float(value) for name, value in lev.eval_model(evaluator, params).items()}
 
 
@@ -124,9 +133,8 @@ def build_tagged_evaluator(
             axis_mapping={"batch": BATCH_AXES},
             max_examples_per_dataset=cfg.max_examples_per_dataset,
         )
-        # Read on demand. Levanter would hold 100 batches on the devices, and leave its reading thread behind where an
-        # evaluation fails or is interrupted, which aborts the interpreter at exit (code 134).
-        evaluator.loader.max_buffered_batches = 0
+        # Levanter would read 100 batches ahead, all of them on the devices beside the training state.
+        evaluator.loader.max_buffered_batches = 8
         return evaluator
 
     return Evaluator(evaluator_of(per_token_losses), evaluator_of(per_token_bytes), mesh)

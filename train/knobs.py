@@ -16,7 +16,9 @@ def only_the_knobs(file: Path, module_name: str) -> None:
     `dataclasses` and `typing` cannot be had this way: then nothing is put in place, and the help takes its time.
     """
     tree = ast.parse(file.read_text())
-    tree.body = [node for node in tree.body if isinstance(node, ast.ClassDef) and any(map(_is_dataclass, node.decorator_list))]
+    tree.body = [
+        node for node in tree.body if isinstance(node, ast.ClassDef) and any(map(_is_dataclass, node.decorator_list))
+    ]
     module = types.ModuleType(module_name)
     module.__file__ = str(file)
     vars(module).update(vars(typing) | vars(dataclasses) | {"__name__": module_name, "dataclasses": dataclasses})

@@ -59,9 +59,7 @@ class GrugOptimizerConfig:
             end_value=self.min_lr_ratio * self.learning_rate,
         )
 
-    def build(
-        self, num_steps: int, *, matrix_axes: Callable[[PyTree], PyTree]
-    ) -> "optax.GradientTransformation":
+    def build(self, num_steps: int, *, matrix_axes: Callable[[PyTree], PyTree]) -> "optax.GradientTransformation":
         """The optax transform for a run of `num_steps`.
 
         matrix_axes: the model's own function from parameters to (axes summed over, axes written) of each matrix that
@@ -144,7 +142,9 @@ def _kind_of_each(matrix_axes: Callable[[PyTree], PyTree], params: PyTree) -> Py
     import jax
 
     axes = matrix_axes(params)
-    return jax.tree.map(lambda pair: "adamw" if pair is None else "muon", axes, is_leaf=lambda x: x is None or _is_axes(x))
+    return jax.tree.map(
+        lambda pair: "adamw" if pair is None else "muon", axes, is_leaf=lambda x: x is None or _is_axes(x)
+    )
 
 
 def _is_axes(node: Any) -> bool:

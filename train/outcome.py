@@ -3,11 +3,11 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from train.checkpoint import CheckpointWriteError, newest_checkpoint
+from train.checkpoint import CheckpointWriteError
+from train.checkpoint_files import find_complete
 from train.metrics import NonFiniteLossError
 from train.progress import phase
 from train.report import write_report
@@ -25,13 +25,14 @@ def advice_on_failure(run: RunDir) -> Iterator[None]:
         yield
     except NonFiniteLossError as error:
         say(f"error: {error}")
-        say(f"last good checkpoint: {newest_checkpoint(run.checkpoints) or 'none was saved yet'}")
+        say(f"last good checkpoint: {newest_checkpoint(run)}")
+        write_report(run.path)
         raise SystemExit(3) from error
     except CheckpointWriteError as error:
         say(f"error: {error}")
         raise SystemExit(4) from error
     except KeyboardInterrupt:
-        say(f"\nstopped. Newest checkpoint: {newest_checkpoint(run.checkpoints) or 'none was saved yet'}")
+        say(f"\nstopped. Newest checkpoint: {newest_checkpoint(run)}")
         say(f"go on with: {run.resume_command}")
         raise
 
@@ -39,7 +40,9 @@ def advice_on_failure(run: RunDir) -> Iterator[None]:
 def already_finished(run: RunDir, step: int) -> None:
     """Says so, where a run is started again that has nothing left to do."""
     say(f"{run.run_id} finished at step {step}: nothing to train. Its summary is {run.path / SUMMARY_FILE}.")
-    say("Another run of the same configuration: --run-id NAME. A longer one: --steps N (another schedule, another run).")
+    say(
+        "Another run of the same configuration: --run-id NAME. A longer one: --steps N (another schedule, another run)."
+    )
 
 
 def finish(run: RunDir, started: float, draw_samples: Callable[[], list[str]]) -> None:
@@ -49,15 +52,18 @@ def finish(run: RunDir, started: float, draw_samples: Callable[[], list[str]]) -
     """
     with phase("drawing samples"):
         samples = draw_samples()
-    checkpoint = newest_checkpoint(run.checkpoints)
-    ending = Ending(run.resume_command, checkpoint, perf_counter() - started, tuple(samples))
+    ending = Ending(run.resume_command, newest_checkpoint(run), perf_counter() - started, tuple(samples))
     text = summarise(run.path, ending)
     write_report(run.path)
     say(text)
+
+
+def newest_checkpoint(run: RunDir) -> str:
+    """Path of the run's newest complete checkpoint, or words that say there is none."""
+    return next(iter(find_complete([run.checkpoints])), "none was saved yet")
 
 
 def baselines(data: Any) -> dict[str, float]:
     """What the summary compares bits per byte with: models that know frequencies and no order."""
     overall = data.baselines["overall"]
     return {"baseline/byte_unigram_bpb": overall.byte_bpb, "baseline/token_unigram_bpb": overall.token_bpb}
-

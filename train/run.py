@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m train.run`: trains a variant.
 
-    python -m train.run --stacked                         the laptop preset of grug_model/array_stacked
-    python -m train.run --variant mine --preset 130m      another variant, another preset
-    python -m train.run --config run.yaml --steps 500     fields from a file; flags win over it
-    python -m train.run --resume runs/NAME                go on with a run that was stopped
+python -m train.run --stacked                         the laptop preset of grug_model/array_stacked
+python -m train.run --variant mine --preset 130m      another variant, another preset
+python -m train.run --config run.yaml --steps 500     fields from a file; flags win over it
+python -m train.run --resume runs/NAME                go on with a run that was stopped
 """
 
 import argparse
 import dataclasses
 import importlib
+import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ def main(argv: list[str] | None = None, *, variant: str | None = None) -> None:
     """Parses the command line, then trains. `variant` is the one a variant's own launch.py names."""
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("train").setLevel(logging.INFO)
     try:
         chosen, start = _chosen(argv, variant)
         launch = _parsed(argv, chosen, start)
@@ -73,7 +76,9 @@ def _chosen(argv: list[str], variant: str | None) -> tuple[Choose, Any]:
     chosen = Choose(**vars(known))
     presets = _launch(chosen.variant, argv).PRESETS
     if chosen.preset not in presets:
-        raise ValueError(f"--preset {chosen.preset}: {chosen.variant} has no such preset. It has: {', '.join(presets)}.")
+        raise ValueError(
+            f"--preset {chosen.preset}: {chosen.variant} has no such preset. It has: {', '.join(presets)}."
+        )
     start = presets[chosen.preset]
     if chosen.config:
         start = from_dict(start, yaml.safe_load(chosen.config.read_text()) or {}, str(chosen.config))
@@ -101,7 +106,9 @@ def _launch(variant: str, argv: list[str]) -> Any:
     """The variant's launch module; for `--help` without its model, which takes jax two seconds to import."""
     there_are = sorted(folder.parent.name for folder in VARIANTS.glob("*/launch.py"))
     if variant not in there_are:
-        raise ValueError(f"--variant {variant}: there is no grug_model/{variant}/launch.py. Variants: {', '.join(there_are)}.")
+        raise ValueError(
+            f"--variant {variant}: there is no grug_model/{variant}/launch.py. Variants: {', '.join(there_are)}."
+        )
     if {"-h", "--help"} & set(argv):
         only_the_knobs(VARIANTS / variant / "model.py", f"grug_model.{variant}.model")
     return importlib.import_module(f"grug_model.{variant}.launch")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 import types
 import typing
 from collections.abc import Callable
@@ -52,12 +53,21 @@ class RunDir:
         }
 
     @property
+    def is_summarised(self) -> bool:
+        return (self.path / "summary.json").is_file()
+
+    def write_config(self, config: Any) -> None:
+        """What `--resume` reads, written once the run is known to be able to start."""
+        text = json.dumps({"variant": self.variant, "config": as_dict(config)}, indent=2)
+        write_atomically(self.path / "config.json", text)
+
+    @property
     def resume_command(self) -> str:
         return f"uv run python -m train.run --resume {os.path.relpath(self.path)}"
 
 
 def open_run(variant: str, config: Any) -> RunDir:
-    """Names the run, makes its folder and writes config.json.
+    """Names the run and makes its folder. Says what of the configuration is not as it was when the run began.
 
     The name is `config.run_id`, or GRUG_RUN_ID, or made of the variant and a hash of the configuration, so that the
     same command finds its own run again; with FERRY_DATE set, `-<date>` follows.
@@ -73,7 +83,8 @@ def open_run(variant: str, config: Any) -> RunDir:
     try:
         run.checkpoints.mkdir(parents=True, exist_ok=True)
         _say_what_changed(run, config)
-        write_atomically(run.path / "config.json", json.dumps({"variant": variant, "config": as_dict(config)}, indent=2))
+        with tempfile.TemporaryFile(dir=run.path):
+            pass
     except OSError as error:
         raise OSError(
             f"cannot write the run's folder {run.path}: {error}. Choose a folder you may write to with --output-path."
@@ -96,8 +107,8 @@ def check_fit(config: Any) -> None:
     """Raises ValueError where parts of a configuration that are right by themselves do not fit each other."""
     if config.trainer.seq_len > config.model.max_seq_len:
         raise ValueError(
-            f"trainer.seq_len={config.trainer.seq_len} is longer than model.max_seq_len={config.model.max_seq_len}. Cut the"
-            " sequences, or train with a larger max_seq_len."
+            f"trainer.seq_len={config.trainer.seq_len} is longer than model.max_seq_len={config.model.max_seq_len}."
+            " Cut the sequences, or train with a larger max_seq_len."
         )
 
 
@@ -105,8 +116,8 @@ def check_vocab_size(config: Any, tokens: int) -> None:
     """Raises ValueError where the tokenizer has more tokens than the model: their ids would be clamped in silence."""
     if tokens > config.model.vocab_size:
         raise ValueError(
-            f"the tokenizer has {tokens} tokens, and model.vocab_size={config.model.vocab_size}. Set model.vocab_size to at"
-            f" least {tokens}, or choose a tokenizer with fewer (data.vocab_size)."
+            f"the tokenizer has {tokens} tokens, and model.vocab_size={config.model.vocab_size}. Set the"
+            f" latter to at least {tokens}, or choose a tokenizer with fewer (data.vocab_size)."
         )
 
 
@@ -155,7 +166,9 @@ def from_dict(default: Any, values: dict[str, Any], where: str) -> Any:
     fields = {field.name for field in dataclasses.fields(default)}
     if not isinstance(values, dict) or set(values) - fields:
         unknown = sorted(set(values) - fields) if isinstance(values, dict) else values
-        raise ValueError(f"{where}: {unknown} is no field of {type(default).__name__}. Fields: {', '.join(sorted(fields))}.")
+        raise ValueError(
+            f"{where}: {unknown} is no field of {type(default).__name__}. Fields: {', '.join(sorted(fields))}."
+        )
     hints = typing.get_type_hints(type(default))
     replaced = {
         name: from_dict(getattr(default, name), value, f"{where}.{name}")

@@ -27,7 +27,6 @@ TOKEN_UNIGRAM = "baseline/token_unigram_bpb"
 
 WIDTH = 100  # columns of the text
 LABEL = 16
-VERBATIM: Any = {"replace_whitespace": False, "drop_whitespace": False}  # sampled code keeps its indentation
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ def summarise(run_dir: Path | str, ending: Ending) -> str:
     if ending.samples:
         lines.append("── samples ".ljust(WIDTH, "─"))
     for sample in ending.samples:
-        wrapped = [part for line in sample.splitlines() for part in textwrap.wrap(line, WIDTH - 2, **VERBATIM) or [""]]
+        wrapped = [part for line in sample.splitlines() for part in textwrap.wrap(line, WIDTH - 2) or [""]]
         lines += [f"{'  ' if i else '> '}{part}" for i, part in enumerate(wrapped or ["(nothing)"])]
     return "\n".join([*lines, "─" * WIDTH])
 

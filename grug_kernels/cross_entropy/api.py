@@ -84,12 +84,12 @@ def linear_cross_entropy(
     weight_sum = weight.sum()
     mean_weight = _divided(weight, weight_sum)
     used_weight = mean_weight if reduction == "mean" else weight
-    loss, *parts = dispatch.call(
+    loss, cross_entropy, z_loss = dispatch.call(
         "cross_entropy", implementation, _WEIGHTED_LOSSES, hidden, lm_head, labels, used_weight, settings
     )
     if reduction == "sum":
-        parts = [_divided(part, weight_sum) for part in parts]
-    return loss, jax.lax.stop_gradient(LossParts(*parts, weight_sum))
+        cross_entropy, z_loss = _divided(cross_entropy, weight_sum), _divided(z_loss, weight_sum)
+    return loss, jax.lax.stop_gradient(LossParts(cross_entropy, z_loss, weight_sum))
 
 
 def token_losses(
@@ -119,20 +119,20 @@ def token_losses(
 
 
 def _weighted_losses_per_shard(hidden, lm_head, labels, weight, settings: LossSettings):
-    def local(*arrays):
-        return xla.weighted_losses(*arrays, settings)
+    def local(hidden, lm_head, labels, weight):
+        return xla.weighted_losses(hidden, lm_head, labels, weight, settings)
 
     return settings.shards.map(local, P(), hidden, lm_head, labels, weight)
 
 
 def _token_losses_per_shard(hidden, lm_head, labels, settings: LossSettings):
-    def local(*arrays):
-        return xla.token_losses(*arrays, settings)
+    def local(hidden, lm_head, labels):
+        return xla.token_losses(hidden, lm_head, labels, settings)
 
     return settings.shards.map(local, P(settings.shards.token_axes or None), hidden, lm_head, labels)
 
 
-# The reference is no shard_map: plain jnp on the whole arrays.
+# The reference needs no shard_map: plain jnp follows the arrays' shardings.
 _WEIGHTED_LOSSES: dict[str, Callable] = {"xla": _weighted_losses_per_shard, "reference": reference.weighted_losses}
 _TOKEN_LOSSES: dict[str, Callable] = {"xla": _token_losses_per_shard, "reference": reference.token_losses}
 

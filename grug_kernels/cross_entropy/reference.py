@@ -3,15 +3,12 @@
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from grug_kernels.cross_entropy.settings import LossSettings
 
 
 def token_losses(hidden, lm_head, labels, settings: LossSettings):
     """-> loss, lse [tokens] float32, argmax [tokens] int32. A label outside the vocabulary picks a logit of 0."""
-    if settings.shards.any_axes:
-        lm_head = jax.reshard(lm_head, P(None, None))
     logits = jnp.dot(hidden, lm_head, preferred_element_type=jnp.float32)
     if settings.logit_soft_cap is not None:
         logits = settings.logit_soft_cap * jnp.tanh(logits / settings.logit_soft_cap)

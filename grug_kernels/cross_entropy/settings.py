@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an implementation must know beside the arrays: the loss's constants, and how the mesh splits the arrays."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,33 +44,34 @@ class Shards:
         return Shards(token_axes, vocab_axes, gather_axes)
 
     def place(self, hidden: jax.Array, lm_head: jax.Array, *per_token: jax.Array) -> tuple[jax.Array, ...]:
-        """The arrays, moved to the layout of `specs`. Moves nothing in the common case; gradients move back."""
-        if not self.any_axes:
-            return hidden, lm_head, *per_token
-        return tuple(
-            jax.reshard(x, spec)
-            for x, spec in zip((hidden, lm_head, *per_token), self.specs(len(per_token)), strict=True)
-        )
+        """The arrays, moved to the layout of `map` where they have another; gradients move back.
 
-    def specs(self, num_per_token: int) -> tuple[P, ...]:
-        """Of hidden [tokens, hidden_dim], lm_head [hidden_dim, vocab_size] and so many arrays [tokens]."""
-        tokens = self.token_axes or None
-        return P(tokens, None), P(self.gather_axes or None, self.vocab_axes or None), *(P(tokens),) * num_per_token
+        hidden [tokens, hidden_dim], lm_head [hidden_dim, vocab_size], per_token arrays [tokens].
+        """
+        arrays, layout = (hidden, lm_head, *per_token), self._layout(len(per_token))
+        return tuple(
+            x if sharded_axes(x) == axes else jax.reshard(x, _spec(axes))
+            for x, axes in zip(arrays, layout, strict=True)
+        )
 
     def map(self, local: Callable[..., Any], out_specs: Any, *arrays: jax.Array) -> Any:
         """`local(*arrays)` on each device's shards of arrays that `place` returned."""
-        if not self.any_axes:
+        layout = self._layout(len(arrays) - 2)
+        if not any(itertools.chain(*layout)):
             return local(*arrays)
-        return jax.shard_map(local, in_specs=self.specs(len(arrays) - 2), out_specs=out_specs)(*arrays)
+        return jax.shard_map(local, in_specs=tuple(map(_spec, layout)), out_specs=out_specs)(*arrays)
 
     @property
     def reduce_axes(self) -> Axes:
         """Those that split tokens and not the head: its gradient is summed over them."""
         return tuple(axis for axis in self.token_axes if axis not in self.gather_axes)
 
-    @property
-    def any_axes(self) -> bool:
-        return bool(self.token_axes or self.vocab_axes or self.gather_axes)
+    def _layout(self, num_per_token: int) -> tuple[tuple[Axes, ...], ...]:
+        return (self.token_axes, ()), (self.gather_axes, self.vocab_axes), *(((self.token_axes,),) * num_per_token)
+
+
+def _spec(axes_of_dimensions: tuple[Axes, ...]) -> P:
+    return P(*(axes or None for axes in axes_of_dimensions))
 
 
 @dataclass(frozen=True)

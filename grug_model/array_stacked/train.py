@@ -10,22 +10,22 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from grug_kernels.attention import AttentionMask
-from grug_kernels.chips import peak_flops
 from train import lev
 from train.checkpoint import Checkpoints, restore_latest_or_initialize
-from train.compiled import compile_step
+from train.compiled import compile_step, peak_of_device
 from train.config import GrugTrainerConfig
-from train.data import build_train_dataset, build_train_loader, iter_from_step, mixture_metrics, prepare
-from train.evaluate import build_tagged_evaluator
+from train.data import PreparedData, build_train_dataset, build_train_loader, iter_from_step, mixture_metrics, prepare
+from train.evaluate import GrugEvalConfig, build_tagged_evaluator
 from train.mesh import create_mesh
-from train.metrics import Meter, start_tracker
+from train.metrics import Meter, RunTracker, start_tracker
 from train.optimizer import hyperparameters
 from train.outcome import advice_on_failure, already_finished, baselines, finish
 from train.progress import Progress, phase
-from train.rundir import as_dict, check_fit, check_vocab_size, open_run, say
+from train.rundir import as_dict, check_fit, check_vocab_size, open_run
 from train.sample import sample
 
 from .model import GrugModelConfig, GrugModelParameters, Transformer, matrix_axes
@@ -98,10 +98,10 @@ def per_token_losses(params: GrugModelParameters, batch: Any) -> tuple[Array, Ar
     return losses, batch.loss_weight, jnp.roll(batch.tokens, -1, axis=1)
 
 
-def evaluations(state: GrugTrainState, evaluate: Any, *, current: bool, ema: bool) -> dict[str, float]:
+def evaluations(state: GrugTrainState, evaluate: Any, cfg: GrugEvalConfig) -> dict[str, float]:
     """eval/* of the weights, eval/ema/* of their average, where there is one."""
-    metrics = evaluate(state.params, "eval") if current or state.ema_params is None else {}
-    if ema and state.ema_params is not None:
+    metrics = evaluate(state.params, "eval") if cfg.eval_current or state.ema_params is None else {}
+    if cfg.eval_ema and state.ema_params is not None:
         metrics |= evaluate(state.ema_params, "eval/ema")
     return metrics
 
@@ -114,9 +114,9 @@ def run_grug(variant: str, config: "GrugBaseLaunchConfig") -> None:
       SystemExit: the run had to end (a loss that is not finite, a full disk); what is saved has been said.
     """
     started = perf_counter()
-    trainer, batch_size, seq_len = config.trainer, config.trainer.batch_size, config.trainer.seq_len
+    trainer = config.trainer
     check_fit(config)
-    mesh = create_mesh(batch_size, model=trainer.model_axis)
+    mesh = create_mesh(trainer.batch_size, model=trainer.model_axis)
     optimizer = config.optimizer.build(trainer.steps, matrix_axes=matrix_axes)
     run = open_run(variant, config)
     lev.import_in_background()
@@ -124,54 +124,76 @@ def run_grug(variant: str, config: "GrugBaseLaunchConfig") -> None:
         data = prepare(config.data, detail)
     check_vocab_size(config, data.vocab_size)
 
-    with jax.set_mesh(mesh), start_tracker(run.path, run.run_id, as_dict(config), config.tracker) as tracker:
-        init = partial(jax.jit(partial(init_train_state, config.model, optimizer, trainer)), key=jax.random.key(trainer.seed))
-        roots = [run.checkpoints, *filter(None, [trainer.load_checkpoint_path])]
+    with jax.set_mesh(mesh):
+        key = jax.random.key(trainer.seed)
+        init = partial(jax.jit(partial(init_train_state, config.model, optimizer, trainer)), key=key)
         state, resumed = restore_latest_or_initialize(
-            roots, jax.eval_shape(init), mesh=mesh, init=init, require=trainer.load_checkpoint
+            [run.checkpoints, *filter(None, [trainer.load_checkpoint_path])],
+            jax.eval_shape(init),
+            mesh=mesh,
+            init=init,
+            require=trainer.load_checkpoint,
         )
-        start = int(state.step)
-        if start >= trainer.steps:
-            return already_finished(run, start)
-        dataset = build_train_dataset(data, config.data, seq_len, batch_size, trainer.seed)
-        loader = build_train_loader(dataset, mesh, batch_size)
-        evaluate = build_tagged_evaluator(data, config.data, config.eval, seq_len, batch_size, mesh, per_token_losses)
-        checkpoints = Checkpoints(run.checkpoints, config.checkpoint, metadata=run.describe(batch_size), resumed=resumed)
-        meter = Meter(
-            tracker,
-            total_steps=trainer.steps,
-            batch_size=batch_size,
-            seq_len=seq_len,
-            flops_per_token=3 * sum(config.model.flops_per_token(seq_len).values()),
-            peak=peak_flops(trainer.peak_tflops),
-            log_every=trainer.log_every,
-            start_step=start,
-        )
-        tracker.log_summary(baselines(data))
+        if state.step >= trainer.steps and run.is_summarised:
+            return already_finished(run, int(state.step))
+        run.write_config(config)
+        with start_tracker(run.path, run.run_id, as_dict(config), config.tracker) as tracker, advice_on_failure(run):
+            checkpoints = Checkpoints(
+                run.checkpoints, config.checkpoint, metadata=run.describe(trainer.batch_size), resumed=resumed
+            )
+            state = train(config, data, optimizer, mesh, state, tracker, checkpoints)
 
-        with advice_on_failure(run), iter_from_step(loader, start) as batches:
-            first = next(batches)
-            train_step = make_train_step(optimizer, trainer)
-            train_step = compile_step(train_step, state, first, tracker, require_kernels=trainer.require_kernels)
-            batches = chain([first], batches)
-            with Progress(trainer.steps, start) as bar:
-                for step in range(start + 1, trainer.steps + 1):
-                    with meter.loading():
-                        batch = next(batches)
-                    state, metrics = train_step(state, batch)
-                    meter.step(step, metrics)
-                    bar.update(step, meter.last)
-                    with meter.hooks():
-                        if step % trainer.log_every == 0:
-                            tracker.log(mixture_metrics(dataset, step, batch_size), step=step)
-                        # What is saved has been looked at first: meter.flush raises where a loss is not finite.
-                        checkpoints.on_step(state, step, before_save=meter.flush)
-                        if step % config.eval.every == 0 or step == trainer.steps:
-                            meter.flush()
-                            tracker.log(
-                                evaluations(state, evaluate, current=config.eval.eval_current, ema=config.eval.eval_ema), step=step
-                            )
-            checkpoints.save(state, trainer.steps)
-            checkpoints.wait()
+            def logits(params, tokens):
+                return params.logits(tokens, AttentionMask(causal=True))
 
-        finish(run, started, lambda: sample(Transformer.logits, state.params, data.tokenizer_dir))
+            finish(run, started, lambda: sample(logits, state.params, data.tokenizer_dir))
+
+
+def train(
+    config: "GrugBaseLaunchConfig",
+    data: PreparedData,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    state: GrugTrainState,
+    tracker: RunTracker,
+    checkpoints: Checkpoints,
+) -> GrugTrainState:
+    """Every step from `state` to the last one: load, step, log, sometimes save, sometimes evaluate."""
+    trainer, batch_size, seq_len = config.trainer, config.trainer.batch_size, config.trainer.seq_len
+    start = int(state.step)
+    dataset = build_train_dataset(data, config.data, seq_len, batch_size, trainer.seed)
+    loader = build_train_loader(dataset, mesh, batch_size)
+    evaluate = build_tagged_evaluator(data, config.data, config.eval, seq_len, batch_size, mesh, per_token_losses)
+    tracker.log_summary(baselines(data))
+    meter = Meter(
+        tracker,
+        total_steps=trainer.steps,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        flops_per_token=3 * sum(config.model.flops_per_token(seq_len).values()),
+        peak=peak_of_device(trainer.peak_tflops),
+        log_every=trainer.log_every,
+        start_step=start,
+    )
+    with iter_from_step(loader, start) as batches, Progress(trainer.steps, start) as bar:
+        first = next(batches)
+        train_step = make_train_step(optimizer, trainer)
+        train_step = compile_step(train_step, state, first, tracker, require_kernels=trainer.require_kernels)
+        batches = chain([first], batches)
+        for step in range(start + 1, trainer.steps + 1):
+            with meter.loading():
+                batch = next(batches)
+            state, metrics = train_step(state, batch)
+            meter.step(step, metrics)
+            bar.update(step, meter.last)
+            with meter.hooks():
+                if step % trainer.log_every == 0:
+                    tracker.log(mixture_metrics(dataset, step, batch_size), step=step)
+                # What is saved has been looked at first: meter.flush raises where a loss is not finite.
+                checkpoints.on_step(state, step, before_save=meter.flush)
+                if step % config.eval.every == 0 or step == trainer.steps:
+                    meter.flush()
+                    tracker.log(evaluations(state, evaluate, config.eval), step=step)
+    checkpoints.save(state, trainer.steps)
+    checkpoints.wait()
+    return state

@@ -52,7 +52,9 @@ class GrugModelConfig:
                 " Each key head serves num_heads // num_kv_heads query heads; choose a num_kv_heads that divides it."
             )
         if self.head_dim % 2:
-            raise ValueError(f"GrugModelConfig: head_dim={self.head_dim} is odd; rotary positions turn pairs of numbers.")
+            raise ValueError(
+                f"GrugModelConfig: head_dim={self.head_dim} is odd; rotary positions turn pairs of numbers."
+            )
         if self.compute_dtype not in ("bfloat16", "float32"):
             raise ValueError(f"GrugModelConfig: compute_dtype={self.compute_dtype!r}; choose bfloat16 or float32.")
 
@@ -87,7 +89,9 @@ class RMSNorm(eqx.Module):
         return (wide * inverse_rms * self.scale).astype(x.dtype)
 
 
-def rotate(x: Float[Array, "batch seq_len heads head_dim"], theta: float) -> Float[Array, "batch seq_len heads head_dim"]:
+def rotate(
+    x: Float[Array, "batch seq_len heads head_dim"], theta: float
+) -> Float[Array, "batch seq_len heads head_dim"]:
     """Rotary positions, arXiv:2104.09864: the pair (x[i], x[i + head_dim/2]) at position t turns by t * theta**(-2i/head_dim)."""
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -235,13 +239,13 @@ class Transformer(eqx.Module):
     def next_token_losses(
         self, tokens: Int[Array, "batch seq_len"], loss_weight: Float[Array, "batch seq_len"], mask: AttentionMask
     ) -> Float[Array, "batch seq_len"]:
-        """-log p(next token) of every position, for evaluation. The last position has no next token: its value means nothing."""
+        """-log p(next token) of every position, for evaluation; at the last one, which has none, any number."""
         hidden, labels, _ = self._flat(tokens, loss_weight, mask)
         losses, _ = token_losses(hidden, self.lm_head.astype(hidden.dtype), labels)
         return losses.reshape(tokens.shape)
 
     def _flat(self, tokens, loss_weight, mask):
-        """hidden [tokens, hidden_dim], labels [tokens] (the token that follows), weight [tokens] (0 at the last position)."""
+        """hidden [tokens, hidden_dim]; labels [tokens], the token that follows; weight [tokens], 0 where none does."""
         batch, seq_len = tokens.shape
         hidden = self(tokens, mask).reshape(batch * seq_len, -1)
         labels = jnp.roll(tokens, -1, axis=1).reshape(-1)

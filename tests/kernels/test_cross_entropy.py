@@ -30,7 +30,7 @@ def assert_as_good_as_plain(inputs: Inputs, **kwargs):
         assert error(value, truth[name]) <= 2 * error(plain[name], truth[name]) + rounding * size, name
 
 
-@settings(deadline=None, max_examples=6, derandomize=True, phases=[Phase.generate])
+@settings(deadline=None, max_examples=5, derandomize=True, phases=[Phase.generate])
 @given(
     tokens=st.integers(1, 40),
     hidden_dim=st.sampled_from([1, 24]),
@@ -115,10 +115,9 @@ class TestTokensThatDoNotCount:
         huge = Inputs(inputs.hidden * 1e20, inputs.lm_head, inputs.labels, inputs.weight)
         assert np.isfinite(loss_and_gradients(huge, implementation=implementation)["loss"])
 
-    @pytest.mark.parametrize("label", [101, 5000])
-    def test_label_outside_the_vocabulary_is_nan_if_it_counts(self, implementation, label):
+    def test_label_outside_the_vocabulary_is_nan_if_it_counts(self, implementation):
         inputs = random_inputs(vocab_size=101)
-        wrong = Inputs(inputs.hidden, inputs.lm_head, inputs.labels.at[3].set(label), inputs.weight)
+        wrong = Inputs(inputs.hidden, inputs.lm_head, inputs.labels.at[3].set(101), inputs.weight)
         result = loss_and_gradients(wrong, implementation=implementation)
         assert np.isnan(result["loss"])
         assert np.isnan(result["dlm_head"]).all()
@@ -159,8 +158,12 @@ def test_token_losses_gradients():
     dloss, dlse = jax.random.normal(jax.random.key(0), (2, 512))
 
     def gradients(inputs, **kwargs):
-        _, pull = jax.vjp(lambda h, m: token_losses(h, m, inputs.labels, **kwargs), inputs.hidden, inputs.lm_head)
-        return pull((dloss, dlse))
+        @jax.jit
+        def run(hidden, lm_head):
+            _, pull = jax.vjp(lambda h, m: token_losses(h, m, inputs.labels, **kwargs), hidden, lm_head)
+            return pull((dloss, dlse))
+
+        return run(inputs.hidden, inputs.lm_head)
 
     truth = gradients(truth_inputs, implementation="reference")
     plain = gradients(inputs, implementation="reference")

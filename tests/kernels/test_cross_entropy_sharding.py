@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight devices give what one gives, with the collectives we expect and no others."""
 
+import functools
 import math
 import re
 
@@ -28,6 +29,7 @@ LAYOUTS = {
     "head replicated": ((1, 8, 1, 1, 1), P(BATCH, None), P(None, None)),
     "tokens whole": ((1, 2, 1, 1, 4), P(None, None), P("data", "model")),
     "tokens over the vocabulary's axis": ((1, 2, 1, 1, 4), P(("data", "model"), None), P("data", "model")),
+    "head over an axis without tokens": ((1, 4, 1, 1, 2), P(None, None), P("data", None)),
     "one device": ((1, 1, 1, 1, 1), P(BATCH, None), P("data", "model")),
 }
 
@@ -65,12 +67,22 @@ def token_losses_and_gradients(hidden, lm_head, labels, weight, implementation="
     return outputs, gradients
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("function", [loss_and_gradients, token_losses_and_gradients])
+@functools.cache
+def unsharded(function):
+    inputs = random_inputs(TOKENS, HIDDEN_DIM, VOCAB_SIZE, scale=2.0)
+    return inputs, jax.tree.leaves(jax.jit(function)(*inputs.arrays))
+
+
+@pytest.mark.parametrize(
+    ("function", "layout"),
+    [
+        *((loss_and_gradients, layout) for layout in LAYOUTS),
+        *((token_losses_and_gradients, layout) for layout in LAYOUTS if "whole" in layout or "vocabulary" in layout),
+    ],
+)
 def test_sharded_equals_unsharded(function, layout):
     lengths, *specs = LAYOUTS[layout]
-    inputs = random_inputs(TOKENS, HIDDEN_DIM, VOCAB_SIZE, scale=2.0)
-    expected = jax.tree.leaves(jax.jit(function)(*inputs.arrays))
+    inputs, expected = unsharded(function)
     with jax.set_mesh(mesh_of(lengths)):
         arrays = placed(inputs, *specs)
         outputs, gradients = jax.jit(function)(*arrays)
@@ -82,21 +94,20 @@ def test_sharded_equals_unsharded(function, layout):
 
 def test_reference_takes_sharded_arrays():
     lengths, *specs = LAYOUTS["fsdp and vocabulary"]
-    inputs = random_inputs(TOKENS, HIDDEN_DIM, VOCAB_SIZE)
-    expected = jax.tree.leaves(loss_and_gradients(*inputs.arrays))
+    inputs, expected = unsharded(loss_and_gradients)
     with jax.set_mesh(mesh_of(lengths)):
         got = jax.jit(loss_and_gradients, static_argnums=4)(*placed(inputs, *specs), "reference")
     for value, truth in zip(jax.tree.leaves(got), expected, strict=True):
         assert relative_error(value, truth) < 2e-6
 
 
-def test_labels_and_weight_are_moved_to_the_tokens():
-    lengths, hidden_spec, lm_head_spec = LAYOUTS["vocabulary only"]
-    inputs = random_inputs(TOKENS, HIDDEN_DIM, VOCAB_SIZE)
-    expected = loss_and_gradients(*inputs.arrays)[0][0]
-    with jax.set_mesh(mesh_of(lengths)):
-        hidden, lm_head, _, _ = placed(inputs, hidden_spec, lm_head_spec)
-        got = jax.jit(loss_and_gradients)(hidden, lm_head, inputs.labels, inputs.weight)[0][0]
+@pytest.mark.parametrize(("tokens", "labels"), [(BATCH, None), (None, "data")])
+def test_labels_and_weight_are_moved_to_the_tokens(tokens, labels):
+    inputs, (expected, *_) = unsharded(loss_and_gradients)
+    specs = P(tokens, None), P(None, None), P(labels), P(labels)
+    with jax.set_mesh(mesh_of((1, 4, 1, 1, 2))):
+        arrays = [jax.device_put(x, spec) for x, spec in zip(inputs.arrays, specs, strict=True)]
+        got = jax.jit(loss_and_gradients)(*arrays)[0][0]
     assert got == pytest.approx(float(expected), rel=2e-6)
 
 

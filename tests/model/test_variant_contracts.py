@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec as P
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
 from tests.model.variants import VARIANTS, abstract_batch, part, random_batch, tiny_config, tiny_trainer
 from train.mesh import AXES, create_mesh

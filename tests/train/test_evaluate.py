@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from tokenizers import Tokenizer
 
 from train import lev
 from train.data import build_validation_sets
-from train.evaluate import GrugEvalConfig, bits_per_byte, build_tagged_evaluator
+from train.evaluate import GrugGrugEvalConfig, bits_per_byte, build_tagged_evaluator
 
 from .test_data import CONFIG, SEQ_LEN, mesh_of, tiny_data
 
@@ -32,7 +33,7 @@ def per_token_losses(params, batch):
 
 
 def evaluator_of(prepared, losses=per_token_losses, *, batch_size=4, mesh=None, examples=None):
-    cfg = GrugEvalConfig(max_examples_per_dataset=examples)
+    cfg = GrugGrugEvalConfig(max_examples_per_dataset=examples)
     return build_tagged_evaluator(prepared, CONFIG, cfg, SEQ_LEN, batch_size, mesh or mesh_of(1, 1), losses)
 
 
@@ -77,8 +78,12 @@ def test_losses_and_bits_per_byte_are_the_sums_by_hand(prepared, batch_size):
 
 
 def test_sharded_over_eight_devices_the_answer_is_the_same(prepared):
+    def sharded_losses(params, batch):
+        assert jax.typeof(batch.tokens).sharding.spec == P(("replica_dcn", "data"), None)
+        return per_token_losses(params, batch)
+
     nats = random_nats(prepared)
-    evaluate = evaluator_of(prepared, batch_size=8, mesh=mesh_of(2, 2, 2), examples=5)
+    evaluate = evaluator_of(prepared, sharded_losses, batch_size=8, mesh=mesh_of(2, 2, 2), examples=5)
     assert without_times(evaluate(jnp.asarray(nats))) == pytest.approx(by_hand(prepared, nats, examples=5), rel=1e-5)
 
 
@@ -147,4 +152,4 @@ def test_a_batch_that_does_not_divide_over_the_mesh_is_refused(prepared):
 )
 def test_configurations_that_evaluate_nothing_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        GrugEvalConfig(**fields)
+        GrugGrugEvalConfig(**fields)

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The laptop preset's training step: ours, ours stacked, and with Levanter's grug pieces, interleaved in one process."""
+
+import jax
+
+from bench.laptop import laptop_step
+from bench.levanter_grug import in_place_of_ours
+from bench.timing import Compiled, compile_timed, interleaved
+
+ROUNDS = 15
+
+
+def repeated(compiled: Compiled, state, batch):
+    """A call that takes one step further each time it is made."""
+
+    def step():
+        nonlocal state
+        state, metrics = compiled.call(state, batch)
+        return metrics
+
+    return step
+
+
+def bench_train_step(benchmark):
+    calls, rows = {}, {}
+    for name, variant in (("base", "base"), ("array_stacked", "array_stacked"), ("levanter_grug", "base")):
+        with laptop_step(variant) as (train_step, state, batch):
+            if name == "levanter_grug":
+                with in_place_of_ours(variant):
+                    compiled = compile_timed(train_step, state, batch)
+            else:
+                compiled = compile_timed(train_step, state, batch)
+            rows[name] = compiled.row()
+            calls[name] = repeated(compiled, state, batch)
+            jax.block_until_ready(calls[name]())
+    medians = interleaved(calls, ROUNDS)
+    tokens = batch.tokens.size
+    benchmark.extra_info |= rows["base"] | {
+        "levanter_over_base": medians["levanter_grug"] / medians["base"],
+        "levanter_over_array_stacked": medians["levanter_grug"] / medians["array_stacked"],
+        **{f"tokens_per_second/{name}": tokens / seconds for name, seconds in medians.items()},
+        **{f"temporary_mib/{name}": row["temporary_mib"] for name, row in rows.items()},
+    }
+    benchmark.pedantic(lambda: jax.block_until_ready(calls["base"]()), rounds=3)
