@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The laptop preset's training step: ours, ours stacked, and with Levanter's grug pieces, interleaved in one process."""
+"""The laptop preset's training step: ours, ours stacked, and with Levanter's grug pieces, interleaved."""
 
 import jax
 

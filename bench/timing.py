@@ -37,10 +37,11 @@ class Compiled:
 def compile_timed(function: Callable[..., Any], *args: Any) -> Compiled:
     """Compiles `function` for `args` (arrays or ShapeDtypeStructs); tracing and compiling are timed apart."""
     start = perf_counter()
-    lowered = (function if hasattr(function, "lower") else jax.jit(function)).lower(*args)
+    lowered = jax.jit(function).lower(*args)
     traced = perf_counter()
     compiled = lowered.compile()
-    temporary = compiled.memory_analysis().temp_size_in_bytes
+    memory = compiled.memory_analysis()
+    temporary = memory.temp_size_in_bytes if memory else 0
     return Compiled(compiled, traced - start, perf_counter() - traced, temporary)
 
 

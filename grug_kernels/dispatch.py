@@ -58,7 +58,7 @@ def recording() -> Iterator[list[Choice]]:
 
 @contextlib.contextmanager
 def targeting(platform: str) -> Iterator[None]:
-    """Chooses for `platform` ("cpu", "gpu" or "tpu") instead of the machine that traces, as for compiling ahead of time."""
+    """Chooses for `platform` ("cpu", "gpu", "tpu") and not for the machine that traces: for compiling ahead of time."""
     token = _platform.set(platform)
     try:
         yield
@@ -80,8 +80,9 @@ def call(op: str, requested: str | None, implementations: Mapping[str, Callable[
     """
     target = platform()
     if requested is not None and requested not in implementations:
+        there_are = ", ".join(implementations)
         raise ValueError(
-            f"{op}: unknown implementation {requested!r}. Those there are: {', '.join(implementations)}; or None to choose."
+            f"{op}: unknown implementation {requested!r}. Those there are: {there_are}; or None to choose."
         )
     refusals: list[tuple[str, str]] = []
     for name in (requested,) if requested else ORDER[op][target]:

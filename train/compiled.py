@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training step compiled ahead of its first call: how long it took, what memory it needs, which kernels are in it."""
+"""The training step, compiled ahead of its first call: how long that took, its memory, the kernels in it."""
 
 from time import perf_counter
 from typing import Any
@@ -14,9 +14,9 @@ from train.summary import kernel_metrics
 
 
 def compile_step(train_step: Any, state: Any, batch: Any, tracker: RunTracker, *, require_kernels: bool) -> Any:
-    """`train_step` (a jitted function of state and batch) as one executable for exactly these shapes and shardings.
+    """`train_step`, a jitted function of state and batch, as one executable for these shapes and shardings.
 
-    Logs compile/seconds, memory/{arguments,temporaries}_bytes of one device, and kernel/<op>/{requested,implementation}.
+    Logs compile/seconds, memory/{arguments,temporaries}_bytes of one device, and what `kernel_metrics` names.
 
     Raises:
       dispatch.UnsupportedError: with `require_kernels`, a kernel refused and a slower one took its place.
@@ -27,8 +27,8 @@ def compile_step(train_step: Any, state: Any, batch: Any, tracker: RunTracker, *
         fallbacks = [f"{choice.op}: {why}" for choice in choices for _, why in choice.refusals]
         if require_kernels and fallbacks:
             raise dispatch.UnsupportedError(
-                f"--trainer.require-kernels: {'; '.join(fallbacks)}. Change the model so that the kernel takes it, or leave"
-                " the flag out to train with the slower implementation."
+                f"--trainer.require-kernels: {'; '.join(fallbacks)}. Change the model so that the kernel takes it, or"
+                " leave the flag out to train with the slower implementation."
             )
         compiled = lowered.compile()
     memory = compiled.memory_analysis()

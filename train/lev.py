@@ -2,7 +2,7 @@
 """The only door to Levanter: every name this project takes from it, in one table.
 
 `from train import lev; lev.DataLoader(...)` imports Levanter at first use, not before: it costs nine seconds, which
-`--help`, the kernels, the models and their tests do not pay. `import_in_background()` hides most of them behind compilation.
+`--help`, the kernels, the models and their tests do not pay. `import_in_background()` hides some of them.
 """
 
 import importlib

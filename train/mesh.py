@@ -26,14 +26,14 @@ def create_mesh(
     others = replica_dcn * context * expert * model
     if devices % others:
         raise ValueError(
-            f"create_mesh: replica_dcn={replica_dcn} x context={context} x expert={expert} x model={model} = {others} does"
-            f" not divide {devices} devices. Choose axis sizes whose product divides {devices}."
+            f"create_mesh: replica_dcn={replica_dcn} x context={context} x expert={expert} x model={model} = {others}"
+            f" does not divide {devices} devices. Choose axis sizes whose product divides {devices}."
         )
     data = devices // others
     if global_batch_size % (replica_dcn * data):
         raise ValueError(
-            f"create_mesh: batch_size={global_batch_size} is not a multiple of replica_dcn x data = {replica_dcn * data}"
-            f" ({devices} devices). Each of these takes an equal share of the batch: choose a multiple of"
-            f" {replica_dcn * data}, or fewer devices."
+            f"create_mesh: batch_size={global_batch_size} is not a multiple of replica_dcn x data ="
+            f" {replica_dcn * data} ({devices} devices). Each of these takes an equal share of the batch: choose a"
+            f" multiple of {replica_dcn * data}, or fewer devices."
         )
     return jax.make_mesh((replica_dcn, data, context, expert, model), AXES, axis_types=(AxisType.Explicit,) * len(AXES))

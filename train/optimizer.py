@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimizers by name, built from one dataclass: AdamW (default) and Muon, with warmup and cosine decay."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     import optax
 
 PyTree = Any
+# An optax.GradientTransformation, whose own types admit no Equinox module as parameters.
+Optimizer = Any
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class GrugOptimizerConfig:
             raise ValueError(f"GrugOptimizerConfig: name={self.name!r} is no optimizer; choose adamw or muon.")
         if self.learning_rate <= 0 or self.warmup_steps < 0 or not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(
-                f"GrugOptimizerConfig: learning_rate={self.learning_rate} must be positive, warmup_steps={self.warmup_steps}"
-                f" not negative, and min_lr_ratio={self.min_lr_ratio} between 0 and 1."
+                f"GrugOptimizerConfig: learning_rate={self.learning_rate} must be positive, warmup_steps="
+                f"{self.warmup_steps} not negative, and min_lr_ratio={self.min_lr_ratio} between 0 and 1."
             )
 
     def schedule(self, num_steps: int) -> "optax.Schedule":
@@ -79,7 +81,7 @@ class GrugOptimizerConfig:
                 optax.add_decayed_weights(self.weight_decay),
                 optax.scale_by_learning_rate(learning_rate),
             )
-            kinds = {"muon": _on_whole_matrices(matrices), "adamw": adamw(learning_rate)}
+            kinds: dict[Hashable, Any] = {"muon": _on_whole_matrices(matrices), "adamw": adamw(learning_rate)}
             return optax.partition(kinds, partial(_kind_of_each, matrix_axes))
 
         def clipped(learning_rate):

@@ -13,6 +13,7 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,11 +53,21 @@ def main(argv: list[str] | None = None, *, variant: str | None = None) -> None:
         chosen, start = _chosen(argv, variant)
         launch = _parsed(argv, chosen, start)
         importlib.import_module(f"grug_model.{chosen.variant}.launch").run(launch)
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        if not _explains_itself(error):
+            raise
         say(f"error: {error}")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def _explains_itself(error: Exception) -> bool:
+    """Whether this project raised it, with a message that says what to do. Anything else needs its traceback."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    file = Path(frame.f_code.co_filename)
+    ours = any(file.is_relative_to(VARIANTS.parent / folder) for folder in ("train", "grug_model", "grug_kernels"))
+    return ours and isinstance(error, ValueError | OSError | RuntimeError)
 
 
 def _chosen(argv: list[str], variant: str | None) -> tuple[Choose, Any]:
@@ -85,7 +96,7 @@ def _chosen(argv: list[str], variant: str | None) -> tuple[Choose, Any]:
     if saved is not None:
         start = from_dict(start, saved, str(chosen.resume))
         load = dataclasses.replace(start.trainer, load_checkpoint=True)
-        start = dataclasses.replace(start, trainer=load, run_id=chosen.resume.name, output_path=str(chosen.resume))
+        start = dataclasses.replace(start, trainer=load, run_id=known.resume.name, output_path=str(known.resume))
     return chosen, start
 
 

@@ -123,7 +123,7 @@ def collect(history: History) -> dict[str, Any]:
         "failure": summary.get("run/failure"),
         "loss": {"first": _first(losses), "last": _last(losses), "eval": _last_and_best(history, "loss")},
         "bits_per_byte": {
-            **(_last_and_best(history, "bpb") or {}),
+            **(_last_and_best(history, "macro_bpb") or _last_and_best(history, "bpb") or {}),
             "byte_unigram": summary.get(BYTE_UNIGRAM),
             "token_unigram": summary.get(TOKEN_UNIGRAM),
         },

@@ -162,15 +162,14 @@ def _forward_block(static: _Static, q, mask: _BlockMask, keys, values, sinks):
         rescale = jnp.exp(largest - new_largest)
         weights = jnp.exp(scores - new_largest)
         total = rescale * total + weights.sum(axis=3, keepdims=True)
-        added = jnp.einsum("kgts,ksh->kgth", weights.astype(v_dtype), value, preferred_element_type=jnp.float32)
+        added = jnp.einsum("kgts,ksh->kgth", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
         return new_largest, total, rescale * weighted + added
 
-    v_dtype, column = values.dtype, (*q.shape[:3], 1)
+    column = (*q.shape[:3], 1)
     if sinks is None:
         largest, total = jnp.full(column, _NO_SCORE, jnp.float32), jnp.zeros(column, jnp.float32)
-    else:  # A sink is a key that everyone sees, without a value. At -inf it is none.
-        largest = jnp.broadcast_to(jnp.maximum(sinks, _NO_SCORE), column)
-        total = jnp.exp(sinks - largest)
+    else:  # A sink is a key that everyone sees, without a value. (At -inf it is none, like a score not seen yet.)
+        largest, total = jnp.broadcast_to(jnp.maximum(sinks, _NO_SCORE), column), jnp.ones(column, jnp.float32)
     start = _vary_with(q, (largest, total, jnp.zeros((*q.shape[:3], values.shape[-1]), jnp.float32)))
     largest, total, weighted = _for_key_blocks(mask, keys.shape[0], add_key_block, start)
     sees = (mask.lower < mask.upper)[None, None, :, None]

@@ -24,7 +24,7 @@ class ArrayStacked[Block]:
 
     @staticmethod
     def init(num_layers: int, block_type: Any) -> Callable[..., "ArrayStacked"]:
-        """`ArrayStacked.init(num_layers, Block)(cfg, key=key)`: layer i is what `Block.init(cfg, key=split(key)[i])` gives."""
+        """`ArrayStacked.init(num_layers, Block)(cfg, key=key)`: layer i is `Block.init(cfg, key=split(key)[i])`."""
         if num_layers < 1:
             raise ValueError(f"ArrayStacked: num_layers={num_layers}; a stack has at least one layer.")
 

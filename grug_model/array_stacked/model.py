@@ -95,7 +95,7 @@ class RMSNorm(eqx.Module):
 def rotate(
     x: Float[Array, "batch seq_len heads head_dim"], theta: float
 ) -> Float[Array, "batch seq_len heads head_dim"]:
-    """Rotary positions, arXiv:2104.09864: the pair (x[i], x[i + head_dim/2]) at position t turns by t * theta**(-2i/head_dim)."""
+    """The pair (x[i], x[i + head_dim/2]) at position t turns by t * theta**(-2i/head_dim). Source: arXiv:2104.09864."""
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None, None] * frequency
@@ -242,7 +242,7 @@ class Transformer(eqx.Module):
     ) -> Float[Array, "batch seq_len"]:
         """-log p(next token) of every position, for evaluation; at the last one, which has none, any number."""
         hidden, labels, _ = self._flat(tokens, loss_weight, mask)
-        losses, _ = token_losses(hidden, self.lm_head.astype(hidden.dtype), labels)
+        losses = token_losses(hidden, self.lm_head.astype(hidden.dtype), labels)[0]
         return losses.reshape(tokens.shape)
 
     def _flat(self, tokens, loss_weight, mask):

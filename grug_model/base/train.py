@@ -22,7 +22,7 @@ from train.data import PreparedData, build_train_dataset, build_train_loader, it
 from train.evaluate import GrugEvalConfig, build_tagged_evaluator
 from train.mesh import create_mesh
 from train.metrics import Meter, RunTracker, start_tracker
-from train.optimizer import hyperparameters
+from train.optimizer import Optimizer, hyperparameters
 from train.outcome import advice_on_failure, already_finished, baselines, finish
 from train.progress import Progress, phase
 from train.rundir import as_dict, check_fit, check_vocab_size, open_run
@@ -45,7 +45,7 @@ class GrugTrainState(eqx.Module):
 
 
 def init_train_state(
-    cfg: GrugModelConfig, optimizer: optax.GradientTransformation, trainer: GrugTrainerConfig, *, key: PRNGKeyArray
+    cfg: GrugModelConfig, optimizer: Optimizer, trainer: GrugTrainerConfig, *, key: PRNGKeyArray
 ) -> GrugTrainState:
     params_key, training_key = jax.random.split(key)
     params = Transformer.init(cfg, key=params_key)
@@ -63,7 +63,7 @@ def mask_of(batch: Any) -> AttentionMask:
     return AttentionMask(causal=True, segment_ids=batch.attn_mask.segment_ids[0])
 
 
-def make_train_step(optimizer: optax.GradientTransformation, trainer: GrugTrainerConfig):
+def make_train_step(optimizer: Optimizer, trainer: GrugTrainerConfig):
     """train_step(state, batch) -> (state, metrics); batch has tokens, loss_weight, attn_mask (a GrugLmExample)."""
 
     @partial(jax.jit, donate_argnums=0)  # the old state's memory becomes the new state's
@@ -75,7 +75,7 @@ def make_train_step(optimizer: optax.GradientTransformation, trainer: GrugTraine
 
         (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = eqx.apply_updates(state.params, updates)
         ema_params = state.ema_params
         if (beta := trainer.ema_beta) is not None:
             ema_params = jax.tree.map(lambda old, new: beta * old + (1 - beta) * new, ema_params, params)
@@ -152,7 +152,7 @@ def run_grug(variant: str, config: "GrugBaseLaunchConfig") -> None:
 def train(
     config: "GrugBaseLaunchConfig",
     data: PreparedData,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     mesh: Mesh,
     state: GrugTrainState,
     tracker: RunTracker,

@@ -89,6 +89,14 @@ def test_a_prefix_is_counted_from_its_document_and_ends_with_it():
     assert replace(mask, prefix_len=9).intervals(1, 6, 6).upper.tolist() == [[3, 3, 3, 6, 6, 6]]
 
 
+def test_a_prefix_for_each_position_is_read_at_the_query():
+    """The queries are the last two of four positions, and the first two positions' numbers are of no account."""
+    mask = AttentionMask(prefix_len=jnp.array([[4, 4, 0, 4]]))
+    assert mask.intervals(1, 2, 4).upper.tolist() == [[3, 4]]
+    mask = AttentionMask(prefix_len=jnp.array([[0, 0, 4, 0]]))
+    assert mask.intervals(1, 2, 4).upper.tolist() == [[4, 4]]
+
+
 def test_a_window_of_w_shows_w_keys():
     """Off-by-one windows are the field's classic: inclusive masks keep W + 1 keys."""
     lower, upper = AttentionMask(sliding_window=3).intervals(1, 9, 9)

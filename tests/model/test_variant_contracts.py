@@ -15,6 +15,8 @@ from tests.model.variants import VARIANTS, abstract_batch, part, random_batch, t
 from train.mesh import AXES, create_mesh
 from train.optimizer import GrugOptimizerConfig
 
+TRAINER = tiny_trainer()
+
 
 def mesh():
     """data=4, model=2."""
@@ -22,7 +24,7 @@ def mesh():
 
 
 @functools.cache  # and with it what jit has compiled, which is where the time goes
-def built(variant, *, optimizer="adamw", trainer=tiny_trainer(), **changes):
+def built(variant, *, optimizer="adamw", trainer=TRAINER, **changes):
     """(init of the state, train step) of a tiny version of `variant`."""
     code, cfg = part(variant, "train"), tiny_config(variant, **changes)
     transform = GrugOptimizerConfig(name=optimizer, learning_rate=1e-2, warmup_steps=2).build(
@@ -129,7 +131,7 @@ def test_remat_policies_change_no_number(variant):
         results = {}
         for remat in ("none", "full", "save_attention"):
             init, step = built(variant, remat=remat)
-            state, metrics = step(init(jax.random.key(0)), random_batch())
+            _, metrics = step(init(jax.random.key(0)), random_batch())
             results[remat] = float(metrics["train/loss"]), float(metrics["train/grad_norm"])
     for remat in ("full", "save_attention"):
         np.testing.assert_allclose(results[remat], results["none"], rtol=1e-5)
