@@ -50,8 +50,9 @@ class _QueryBlock(NamedTuple):
 
     q: Float[Array, "num_kv_heads group block_q head_dim"]
     dout: Float[Array, "num_kv_heads group block_q v_head_dim"]
-    lse: Float[Array, "num_kv_heads group block_q 1"]
-    delta: Float[Array, "num_kv_heads group block_q 1"]
+    largest: Float[Array, "num_kv_heads group block_q 1"]
+    sink_weights: Float[Array, "num_kv_heads group block_q 1"]
+    dlse: Float[Array, "num_kv_heads group block_q 1"]
     mask: _BlockMask
 
 
@@ -70,14 +71,16 @@ def attention(
 
     Cost of a row for S = q_len = kv_len, N heads of H, V = v_head_dim, a share c of the blocks visited, and one
     multiply-add as 2 FLOPs:
-        forward 2cNS²(H + V); backward 2cNS²(3H + 2V), since the scores are computed a second time.
-        Kept for the backward pass: out and lse, named "attention_out" and "attention_lse" for remat policies.
+        forward 2cNS²(H + V); backward 2cNS²(3H + 2V), and 2cNS²(H + V) more with several key blocks, for delta.
+        Kept for the backward pass: the largest score of each query and head, 4 bytes. It and out, which the next layer
+        keeps anyway, are named "attention_lse" and "attention_out" for remat policies.
         Working memory: the scores of one block, and backward dk and dv of one row in float32.
 
-    What the backward pass loses by reading these two instead of all weights: exp(score - lse) is off by eps * |lse|
-    of float32, and delta (see `_backward`) by the rounding of out to the type of q.
+    The backward pass sums the weights and delta (see `_backward`) anew, in float32. The usual lse and dout . out cost no
+    matmul, but exp(score - lse) is off by eps * |lse|, and out is rounded: in bfloat16, where one key has most of the
+    weight, dq would be five times as wrong as plain jnp's.
 
-    Source: arXiv:2205.14135 (online softmax by blocks), arXiv:2307.08691 (one division at the end, backward from lse).
+    Source: arXiv:2205.14135 (online softmax by blocks), arXiv:2307.08691 (one division at the end).
     """
     block_sizes = block_sizes or default_block_sizes(q.shape[1], k.shape[1])
     return _attention(_Static(sm_scale, logit_soft_cap, block_sizes), *_vary_alike((q, k, v, sinks, intervals)))
@@ -102,24 +105,24 @@ def _forward(static: _Static, q, k, v, sinks, intervals):
     queries = _query_blocks(q, num_kv_heads, block_q)
     masks = _block_masks(intervals, static.block_sizes)
     results = lax.map(row, (queries, masks, _key_blocks(k, block_kv), _key_blocks(v, block_kv)))
-    out, lse = (_from_query_blocks(blocks, q.shape[1]) for blocks in results)
+    out, largest, total = (_from_query_blocks(blocks, q.shape[1]) for blocks in results)
     out = checkpoint_name(out, "attention_out")
-    lse = checkpoint_name(lse[..., 0].swapaxes(1, 2), "attention_lse")
-    return (out, lse), (q, k, v, sinks, intervals, out, lse)
+    largest = checkpoint_name(largest, "attention_lse")
+    lse = (largest + jnp.log(total))[..., 0].swapaxes(1, 2)
+    return (out, lse), (q, k, v, sinks, intervals, largest)
 
 
 def _backward(static: _Static, residuals, cotangents):
-    """With p = exp(score - lse) and delta = dout . out - dlse: dscore = p * (dout . v - delta); and a sink has no v, so
-    that dsink = -sum p_sink * delta.
-
-    dsinks cancels heavily, so that the rounding of out would show. It reads dout . out as sum p * (dout . v) instead.
-    """
-    q, k, v, sinks, intervals, out, lse = residuals
+    """With p = exp(score - largest) / total and delta = sum p * (dout . v): dscore = p * (dout . v - delta + dlse); and
+    a sink has no v, so that dsink = -sum p_sink * (delta - dlse)."""
+    q, k, v, sinks, intervals, largest = residuals
     dout, dlse = cotangents
     num_kv_heads, (block_q, block_kv) = k.shape[2], (static.block_sizes.block_q, static.block_sizes.block_kv)
-    lse = jnp.where(lse == -jnp.inf, 0.0, lse)  # so that exp(score - lse) is finite where nothing is seen
-    lse, dlse = (x.swapaxes(1, 2)[..., None] for x in (lse, dlse))  # [batch, q_len, num_heads, 1], laid out like q
-    delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(axis=3, keepdims=True) - dlse
+    largest = jnp.where(largest == -jnp.inf, 0.0, largest)  # sees nothing: any finite number will do
+    dlse = dlse.swapaxes(1, 2)[..., None]  # [batch, q_len, num_heads, 1], laid out like q
+    sink_weights = jnp.zeros_like(largest)  # before they are divided by the sum, like the weights of the keys
+    if sinks is not None:
+        sink_weights = jnp.exp(sinks.astype(jnp.float32)[None, None, :, None] - largest)
 
     def row(inputs):
         blocks, keys, values = inputs
@@ -130,23 +133,22 @@ def _backward(static: _Static, residuals, cotangents):
         return *by_query, dk.astype(k.dtype), dv.astype(v.dtype)
 
     blocks = _QueryBlock(
-        *(_query_blocks(x, num_kv_heads, block_q) for x in (q, dout, lse, delta)),
+        *(_query_blocks(x, num_kv_heads, block_q) for x in (q, dout, largest, sink_weights, dlse)),
         mask=_block_masks(intervals, static.block_sizes),
     )
-    dq, dout_out, dk, dv = lax.map(row, (blocks, _key_blocks(k, block_kv), _key_blocks(v, block_kv)))
-    dq, dout_out = (_from_query_blocks(x, q.shape[1]) for x in (dq, dout_out))
+    dq, dsink, dk, dv = lax.map(row, (blocks, _key_blocks(k, block_kv), _key_blocks(v, block_kv)))
+    dq, dsink = (_from_query_blocks(x, q.shape[1]) for x in (dq, dsink))
     dk, dv = (_from_key_blocks(x, k.shape[1]) for x in (dk, dv))
-    if sinks is None:
-        return dq, dk, dv, None, None
-    sink_weights = jnp.exp(sinks.astype(jnp.float32)[None, None, :, None] - lse)
-    return dq, dk, dv, -(sink_weights * (dout_out - dlse)).sum(axis=(0, 1, 3)).astype(sinks.dtype), None
+    dsinks = None if sinks is None else dsink.sum(axis=(0, 1, 3)).astype(sinks.dtype)
+    return dq, dk, dv, dsinks, None
 
 
 _attention.defvjp(_forward, _backward)
 
 
 def _forward_block(static: _Static, q, mask: _BlockMask, keys, values, sinks):
-    """out and lse [num_kv_heads, group, block_q, v_head_dim | 1] of one query block, over the key blocks of its plan.
+    """out, largest score and sum above it [num_kv_heads, group, block_q, v_head_dim | 1 | 1] of one query block, over
+    the key blocks of its plan. A query that sees nothing has out 0 and lse = largest + log(sum) = -inf, or the sink.
 
     Between key blocks: the largest score so far, the sum of exp(score - largest), and that sum weighted with v. A row
     that has seen nothing yet has largest = _NO_SCORE and arbitrary sums, which the first score seen multiplies by
@@ -168,41 +170,56 @@ def _forward_block(static: _Static, q, mask: _BlockMask, keys, values, sinks):
     column = (*q.shape[:3], 1)
     if sinks is None:
         largest, total = jnp.full(column, _NO_SCORE, jnp.float32), jnp.zeros(column, jnp.float32)
-    else:  # A sink is a key that everyone sees, without a value. (At -inf it is none, like a score not seen yet.)
-        largest, total = jnp.broadcast_to(jnp.maximum(sinks, _NO_SCORE), column), jnp.ones(column, jnp.float32)
+    else:  # A sink is a key that everyone sees, without a value.
+        largest, total = jnp.broadcast_to(sinks, column), jnp.ones(column, jnp.float32)
     start = _vary_with(q, (largest, total, jnp.zeros((*q.shape[:3], values.shape[-1]), jnp.float32)))
     largest, total, weighted = _for_key_blocks(mask, keys.shape[0], add_key_block, start)
     sees = (mask.lower < mask.upper)[None, None, :, None]
-    lse = jnp.where(sees, largest + jnp.log(total), -jnp.inf if sinks is None else sinks)
-    return jnp.where(sees, weighted / total, 0.0).astype(q.dtype), lse
+    out = jnp.where(sees, weighted / total, 0.0).astype(q.dtype)
+    return out, jnp.where(sees, largest, -jnp.inf if sinks is None else sinks), jnp.where(sees, total, 1.0)
 
 
 def _backward_block(static: _Static, sums, block: _QueryBlock, keys, values):
     """Adds one query block to sums = (dk, dv), float32 in the layout of the keys.
 
-    Returns the sums, and of the queries dq and sum p * (dout . v) = dout . out, float32 [..., block_q, 1].
+    Returns the sums, and of the queries dq and what they add to the gradient of the sink, float32 [..., block_q, 1].
     """
 
+    def weights_of(n):
+        scores, visible = _scores(static, block.q, _at(keys, n), block.mask, n)
+        weights = jnp.where(visible, jnp.exp(scores - block.largest), 0.0)
+        dweights = jnp.einsum("kgth,ksh->kgts", block.dout, _at(values, n), preferred_element_type=jnp.float32)
+        return scores, weights, dweights
+
+    def add_sums(n, state):
+        total, delta = state
+        _, weights, dweights = weights_of(n)
+        return total + weights.sum(axis=3, keepdims=True), delta + (weights * dweights).sum(axis=3, keepdims=True)
+
+    start = (block.sink_weights, jnp.zeros_like(block.dlse))
+    total, delta = _for_key_blocks(block.mask, keys.shape[0], add_sums, start)
+    total = jnp.where(total == 0.0, 1.0, total)
+    delta = delta / total
+
     def add_key_block(n, state):
-        dq, dout_out, dk, dv = state
+        dq, dk, dv = state
         key, value = _at(keys, n), _at(values, n)
-        scores, visible = _scores(static, block.q, key, block.mask, n)
-        weights = jnp.where(visible, jnp.exp(scores - block.lse), 0.0)
-        dweights = jnp.einsum("kgth,ksh->kgts", block.dout, value, preferred_element_type=jnp.float32)
-        dout_out = dout_out + (weights * dweights).sum(axis=3, keepdims=True)
-        dscores = static.sm_scale * weights * (dweights - block.delta)
+        scores, weights, dweights = weights_of(n)
+        weights = weights / total
+        # In this order: where one key has all the weight, the first two are equal and leave exactly nothing.
+        dscores = static.sm_scale * weights * (dweights - delta + block.dlse)
         if static.logit_soft_cap is not None:
             dscores = dscores * (1.0 - (scores / static.logit_soft_cap) ** 2)  # tanh' = 1 - tanh²
         dscores, weights = dscores.astype(key.dtype), weights.astype(value.dtype)
         dq = dq + jnp.einsum("kgts,ksh->kgth", dscores, key, preferred_element_type=jnp.float32)
         dk_n = jnp.einsum("kgts,kgth->ksh", dscores, block.q, preferred_element_type=jnp.float32)
         dv_n = jnp.einsum("kgts,kgth->ksh", weights, block.dout, preferred_element_type=jnp.float32)
-        return dq, dout_out, _add_at(dk, n, dk_n), _add_at(dv, n, dv_n)
+        return dq, _add_at(dk, n, dk_n), _add_at(dv, n, dv_n)
 
-    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (block.q, block.delta))
-    start = (*_vary_with(block.q, zeros), *sums)
-    dq, dout_out, dk, dv = _for_key_blocks(block.mask, keys.shape[0], add_key_block, start)
-    return (dk, dv), (dq.astype(block.q.dtype), dout_out)
+    start = (_vary_with(block.q, jnp.zeros(block.q.shape, jnp.float32)), *sums)
+    dq, dk, dv = _for_key_blocks(block.mask, keys.shape[0], add_key_block, start)
+    dsink = -block.sink_weights / total * (delta - block.dlse)
+    return (dk, dv), (dq.astype(block.q.dtype), dsink)
 
 
 def _scores(static: _Static, q, key, mask: _BlockMask, n):

@@ -85,11 +85,8 @@ def compiled(case: Case, implementation: str):
     return run
 
 
-def oracle(case: Case, inputs, mask: AttentionMask, *, keeps_rounded_out: bool = False):
-    """All of NAMES in float64, from the dense mask, with the gradient written out.
-
-    `keeps_rounded_out`: but for the out that the gradient reads, which is rounded to the type of q.
-    """
+def oracle(case: Case, inputs, mask: AttentionMask):
+    """All of NAMES in float64, from the dense mask, with the gradient written out."""
     q, k, v, sinks, dout, dlse = (None if x is None else np.asarray(x, np.float64) for x in inputs)
     group = case.num_heads // case.num_kv_heads
     k, v = (np.repeat(x, group, axis=2) for x in (k, v))
@@ -106,13 +103,11 @@ def oracle(case: Case, inputs, mask: AttentionMask, *, keeps_rounded_out: bool =
     p = np.exp(z - finite[..., None])
     out = np.einsum("bnts,bsnh->btnh", p, v)
     dp = np.einsum("btnh,bsnh->bnts", dout, v)
-    kept_out = np.asarray(jnp.asarray(out, case.dtype), np.float64) if keeps_rounded_out else out
-    delta = np.einsum("btnh,btnh->bnt", kept_out, dout) - dlse
+    delta = np.einsum("btnh,btnh->bnt", out, dout) - dlse
     dz = sm_scale * slope * p * (dp - delta[..., None])
     dk, dv = np.einsum("bnts,btnh->bsnh", dz, q), np.einsum("bnts,btnh->bsnh", p, dout)
     dk, dv = (x.reshape(*x.shape[:2], case.num_kv_heads, group, -1).sum(axis=3) for x in (dk, dv))
-    exact_delta = np.einsum("btnh,btnh->bnt", out, dout) - dlse
-    dsinks = None if sinks is None else -(np.exp(sink[None, :, None] - finite) * exact_delta).sum(axis=(0, 2))
+    dsinks = None if sinks is None else -(np.exp(sink[None, :, None] - finite) * delta).sum(axis=(0, 2))
     return out, lse, np.einsum("bnts,bsnh->btnh", dz, k), dk, dv, dsinks
 
 
@@ -121,29 +116,22 @@ def rms(x) -> float:
 
 
 def assert_as_good_as_plain(case: Case, inputs, mask: AttentionMask, results) -> None:
-    """In the root mean square, at most twice as wrong as plain jnp, and the price of what the backward pass reads.
+    """In the root mean square, at most twice as wrong as plain jnp in the same type.
 
-    That is out rounded to the type of q, as exact arithmetic would suffer from it, and exp(score - lse) with lse off by
-    eps * |lse|. Where one key has all the weight, gradients of scores cancel to nothing; ten roundings of float32 are
-    for what is left, in dk multiplied with q.
+    Where one key has all the weight, gradients of scores cancel to nothing; ten roundings of float32 are for what is
+    left, in dk multiplied with q.
     """
     truth, plain = oracle(case, inputs, mask), compiled(case, "reference")(*inputs, mask)
-    kept = oracle(case, inputs, mask, keeps_rounded_out=True)
-    for name, ours, theirs, rounded, exact in zip(NAMES, results, plain, kept, truth, strict=True):
+    for name, ours, theirs, exact in zip(NAMES, results, plain, truth, strict=True):
         if exact is None:
             assert ours is None
             continue
         ours, theirs = (np.asarray(x, np.float64) for x in (ours, theirs))
         seen = np.isfinite(exact)
         np.testing.assert_array_equal(ours[~seen], exact[~seen], err_msg=name)
-        error, plain_error, kept_error = (rms(x[seen] - exact[seen]) for x in (ours, theirs, rounded))
-        lse = truth[1][np.isfinite(truth[1])]
-        off = float(jnp.finfo(jnp.float32).eps) * max(1.0, np.abs(lse).max(initial=0.0)) * rms(exact[seen])
-        left = 1e-6 * (rms(np.asarray(inputs[0], np.float64)) if name == "dk" else 1.0)
-        limit = 2 * plain_error + 2 * kept_error + off + left
-        assert error <= limit, (
-            f"{name}: {error:.3g} > {limit:.3g}; plain {plain_error:.3g}, kept {kept_error:.3g}, {off:.3g}"
-        )
+        error, plain_error = (rms(x[seen] - exact[seen]) for x in (ours, theirs))
+        limit = 2 * plain_error + 1e-6 * (rms(np.asarray(inputs[0], np.float64)) if name == "dk" else 1.0)
+        assert error <= limit, f"{name}: {error:.3g} > {limit:.3g}; plain {plain_error:.3g}"
 
 
 def random_mask(case: Case, rng: np.random.Generator) -> AttentionMask:
@@ -199,6 +187,15 @@ def test_rows_that_see_nothing(implementation, sinks):
         assert not gradient[:, :4].any()
         assert np.isfinite(gradient).all()
     assert dsinks is None or np.isfinite(dsinks).all()
+
+
+def test_dsinks_of_bfloat16_inputs_is_as_exact_as_float32():
+    """Made from out as rounded to bfloat16 it was off by 0.17 %; so it is, and worse, in the kernels of the field."""
+    case = next(case for case in CASES if case.dtype == "bfloat16" and case.sinks)
+    inputs = case.inputs(0, 1.0)
+    exact = oracle(case, inputs, AttentionMask())[5]
+    dsinks = compiled(case, "xla")(*inputs, AttentionMask())[5]
+    assert rms(np.asarray(dsinks, np.float64) - exact) < 1e-5 * rms(exact)
 
 
 def test_a_sink_of_minus_infinity_is_none():
