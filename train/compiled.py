@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training step, compiled ahead of its first call: how long that took, its memory, the kernels in it."""
 
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -11,6 +12,16 @@ from grug_kernels.chips import Peak, peak_flops
 from train.metrics import RunTracker
 from train.progress import phase
 from train.summary import kernel_metrics
+
+
+def keep_compiled_programs(cache_dir: Path) -> None:
+    """Programs compiled from now on are kept in `cache_dir`/xla, and found there by the next run of the same shapes.
+
+    JAX's own cache: keyed by program, versions and machine. JAX_COMPILATION_CACHE_DIR, where set, is used instead.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def compile_step(train_step: Any, state: Any, batch: Any, tracker: RunTracker, *, require_kernels: bool) -> Any:

@@ -105,9 +105,13 @@ def prepare(cfg: DataConfig, progress: Callable[[str], None] = print) -> Prepare
       ValueError: a weight names no component; the tokenizer is none we can use; the cache is another tokenizer's.
     """
     weight_stages(cfg)
-    cache_dir = Path(cfg.cache_dir or os.environ.get("GRUG_CACHE_DIR") or "~/.cache/grug").expanduser()
+    cache_dir = cache_directory(cfg)
     corpus = build_corpus(cache_dir, python_documents(), progress)
     return prepare_corpus(cfg, cache_dir, corpus, progress)
+
+
+def cache_directory(cfg: DataConfig) -> Path:
+    return Path(cfg.cache_dir or os.environ.get("GRUG_CACHE_DIR") or "~/.cache/grug").expanduser()
 
 
 def prepare_corpus(cfg: DataConfig, cache_dir: Path, corpus: Corpus, progress: Callable[[str], None]) -> PreparedData:

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-# A finite loss with a non-finite gradient already means a poisoned state: both are checked before anything is saved.
-MUST_BE_FINITE = ("train/loss", "train/grad_norm", "grad/norm/total")
+# A finite loss may have a gradient that is not, and a finite gradient an update that is not: the state is poisoned
+# either way. All of them are checked before anything is saved.
+MUST_BE_FINITE = ("train/loss", "train/grad_norm", "train/update_norm", "grad/norm/total")
 
 
 @dataclass(frozen=True)

@@ -92,12 +92,22 @@ def _chosen(argv: list[str], variant: str | None) -> tuple[Choose, Any]:
         )
     start = presets[chosen.preset]
     if chosen.config:
-        start = from_dict(start, yaml.safe_load(chosen.config.read_text()) or {}, str(chosen.config))
+        start = from_dict(start, _fields_in(chosen.config), str(chosen.config))
     if saved is not None:
         start = from_dict(start, saved, str(chosen.resume))
         load = dataclasses.replace(start.trainer, load_checkpoint=True)
-        start = dataclasses.replace(start, trainer=load, run_id=known.resume.name, output_path=str(known.resume))
+        start = dataclasses.replace(start, trainer=load, output_path=str(known.resume))
     return chosen, start
+
+
+def _fields_in(file: Path) -> dict[str, Any]:
+    try:
+        return yaml.safe_load(file.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"--config {file} cannot be read: {error}. It is a YAML file with fields of the launch configuration, such"
+            " as trainer: {steps: 500}."
+        ) from error
 
 
 def _parsed(argv: list[str], chosen: Choose, start: Any) -> Any:
@@ -110,7 +120,13 @@ def _parsed(argv: list[str], chosen: Choose, start: Any) -> Any:
         ],
     )
     default = everything(chosen, start)
-    return tyro.cli(everything, default=default, args=argv, prog="python -m train.run", description=__doc__).launch
+    return tyro.cli(
+        everything,
+        default=default,
+        args=argv,
+        prog="python -m train.run",
+        description="Trains a variant of grug_model/.",
+    ).launch
 
 
 def _launch(variant: str, argv: list[str]) -> Any:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One run's name, folder and configuration on disk. No jax here."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -58,8 +59,8 @@ class RunDir:
 
     def write_config(self, config: Any) -> None:
         """What `--resume` reads, written once the run is known to be able to start."""
-        text = json.dumps({"variant": self.variant, "config": as_dict(config)}, indent=2)
-        write_atomically(self.path / "config.json", text)
+        began = {"run_id": self.run_id, "variant": self.variant, "config": as_dict(config)}
+        write_atomically(self.path / "config.json", json.dumps(began, indent=2))
 
     @property
     def resume_command(self) -> str:
@@ -70,7 +71,8 @@ def open_run(variant: str, config: Any) -> RunDir:
     """Names the run and makes its folder. Says what of the configuration is not as it was when the run began.
 
     The name is `config.run_id`, or GRUG_RUN_ID, or made of the variant and a hash of the configuration, so that the
-    same command finds its own run again; with FERRY_DATE set, `-<date>` follows.
+    same command finds its own run again; with FERRY_DATE set, `-<date>` follows. A run that goes on keeps its name,
+    whatever day it is by then and wherever its folder was moved.
 
     Raises:
       OSError: the folder cannot be made or written; the message says which and why.
@@ -79,26 +81,34 @@ def open_run(variant: str, config: Any) -> RunDir:
     run_id = config.run_id or os.environ.get("GRUG_RUN_ID") or f"{variant}-{config_hash}"
     if date := os.environ.get("FERRY_DATE"):
         run_id = f"{run_id}-{date}"
-    run = RunDir(run_id, Path(config.output_path or Path("runs") / run_id), variant, config_hash)
+    path = Path(config.output_path or Path("runs") / run_id)
     try:
+        began = _as_it_began(path)
+        run = RunDir(began.get("run_id", run_id), path, variant, config_hash)
         run.checkpoints.mkdir(parents=True, exist_ok=True)
-        _say_what_changed(run, config)
+        _say_what_changed(run, config, began)
         with tempfile.TemporaryFile(dir=run.path):
             pass
     except OSError as error:
         raise OSError(
-            f"cannot write the run's folder {run.path}: {error}. Choose a folder you may write to with --output-path."
+            f"cannot write the run's folder {path}: {error}. Choose a folder you may write to with --output-path."
         ) from error
     return run
 
 
-def _say_what_changed(run: RunDir, config: Any) -> None:
+def _as_it_began(path: Path) -> dict[str, Any]:
+    """What `write_config` wrote into the folder; nothing where no run has begun there."""
+    file = path / "config.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _say_what_changed(run: RunDir, config: Any, began: dict[str, Any]) -> None:
     """A run may be gone on with under other knobs, but not in silence."""
-    file = run.path / "config.json"
-    if not file.is_file():
+    if not began:
         return
-    before, now = _versioned(json.loads(file.read_text())["config"]), _versioned(as_dict(config))
-    old, new = _flat(before), _flat(now)
+    if config.run_id and not run.run_id.startswith(config.run_id):
+        say(f"warning: {run.path} is the folder of {run.run_id}, which keeps its name: not {config.run_id}.")
+    old, new = _flat(_versioned(began["config"])), _flat(_versioned(as_dict(config)))
     for name in sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)):
         say(f"warning: {run.run_id} goes on with {name} = {new.get(name)}; it was {old.get(name)} when the run began.")
 
@@ -173,17 +183,24 @@ def from_dict(default: Any, values: dict[str, Any], where: str) -> Any:
     replaced = {
         name: from_dict(getattr(default, name), value, f"{where}.{name}")
         if dataclasses.is_dataclass(getattr(default, name))
-        else _typed(hints[name], value)
+        else _typed(hints[name], value, f"{where}.{name}")
         for name, value in values.items()
     }
     return dataclasses.replace(default, **replaced)
 
 
-def _typed(hint: Any, value: Any) -> Any:
-    """JSON and YAML write 1 for 1.0 and 3e-4 as text: where a number is meant, a number comes out."""
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """JSON and YAML write 1 for 1.0 and 3e-4 as text: where a number is meant, a number comes out.
+
+    Raises:
+      ValueError: `value` is of none of the kinds that `hint` allows, where these are plain ones.
+    """
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if float in kinds and isinstance(value, int | str) and not isinstance(value, bool) and str not in kinds:
-        return float(value)
+    if float in kinds and type(value) in (int, str) and str not in kinds:
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if set(kinds) <= {bool, int, float, str, types.NoneType} and type(value) not in kinds:
+        raise ValueError(f"{where}: {value!r} is no {' or '.join(kind.__name__ for kind in kinds)}.")
     return value
 
 

@@ -13,12 +13,13 @@ def sample(
     params: Any,
     tokenizer_dir: Path,
     *,
+    max_seq_len: int,
     prompts: tuple[str, ...] = PROMPTS,
     new_tokens: int = 40,
     temperature: float = 0.7,
     seed: int = 0,
 ) -> list[str]:
-    """Continues each prompt by `new_tokens` tokens.
+    """Continues each prompt by `new_tokens` tokens, or as many as `max_seq_len` leaves room for.
 
     logits: (params, tokens int32 [batch, seq_len]) -> float32 [batch, seq_len, vocab_size], causal. The batch is as
     many prompts as there are devices over ("replica_dcn", "data"), or more: prompts are repeated to fill it.
@@ -32,8 +33,10 @@ def sample(
     tokenizer = Tokenizer.from_file(str(Path(tokenizer_dir) / "tokenizer.json"))
     mesh = jax.sharding.get_abstract_mesh().shape
     shards = mesh.get("replica_dcn", 1) * mesh.get("data", 1)
-    rows = [tokenizer.encode(prompt).ids for prompt in prompts]
+    # A model that reads few tokens sees the beginning of a prompt, and still writes something.
+    rows = [tokenizer.encode(prompt).ids[: max_seq_len // 2] for prompt in prompts]
     batch = -(-len(rows) // shards) * shards
+    new_tokens = min(new_tokens, max_seq_len - max(map(len, rows)))
     length = max(map(len, rows)) + new_tokens
     tokens = np.zeros((batch, length), np.int32)
     for index in range(batch):

@@ -187,7 +187,9 @@ def summarise(run_dir: Path | str, ending: Ending) -> str:
     if ending.samples:
         lines.append("── samples ".ljust(WIDTH, "─"))
     for sample in ending.samples:
-        wrapped = [part for line in sample.splitlines() for part in textwrap.wrap(line, WIDTH - 2) or [""]]
+        wrapped = [
+            part for line in sample.splitlines() if line.strip() for part in textwrap.wrap(line, WIDTH - 2) or [""]
+        ]
         lines += [f"{'  ' if i else '> '}{part}" for i, part in enumerate(wrapped or ["(nothing)"])]
     return "\n".join([*lines, "─" * WIDTH])
 

@@ -76,9 +76,9 @@ def attention(
         keeps anyway, are named "attention_lse" and "attention_out" for remat policies.
         Working memory: the scores of one block, and backward dk and dv of one row in float32.
 
-    The backward pass sums the weights and delta (see `_backward`) anew, in float32. The usual lse and dout . out cost no
-    matmul, but exp(score - lse) is off by eps * |lse|, and out is rounded: in bfloat16, where one key has most of the
-    weight, dq would be five times as wrong as plain jnp's.
+    The backward pass sums the weights and delta (see `_backward`) anew, in float32. The usual lse and dout . out cost
+    no matmul, but exp(score - lse) is off by eps * |lse|, and out is rounded: in bfloat16, where one key has most of
+    the weight, dq would be five times as wrong as plain jnp's.
 
     Source: arXiv:2205.14135 (online softmax by blocks), arXiv:2307.08691 (one division at the end).
     """

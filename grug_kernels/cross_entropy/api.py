@@ -144,8 +144,8 @@ def _counted(weight: jax.Array, labels: jax.Array, vocab_size: int) -> jax.Array
 
 
 def _divided(x: jax.Array, weight_sum: jax.Array) -> jax.Array:
-    """x / weight_sum, and 0 with no gradient where no token counts."""
-    return jnp.where(weight_sum == 0, 0.0, x / jnp.where(weight_sum == 0, 1.0, weight_sum))
+    """x / weight_sum, and 0 where no token counts; `_counted` lets no gradient through then."""
+    return jnp.where(weight_sum == 0, 0.0, x / weight_sum)
 
 
 def _check_arrays(hidden, lm_head, per_token: dict[str, jax.Array]) -> None:
@@ -177,7 +177,7 @@ def _check_arrays(hidden, lm_head, per_token: dict[str, jax.Array]) -> None:
                 f" hidden {hidden.shape}."
             )
         if not jnp.issubdtype(x.dtype, kinds[name]):
-            raise ValueError(f"cross_entropy: {name} is {x.dtype}; it must be of a {kinds[name].__name__} dtype.")
+            raise ValueError(f"cross_entropy: {name} is {x.dtype}; its dtype must be {kinds[name].__name__}.")
 
 
 def _check_constants(z_loss_weight, logit_soft_cap, reduction) -> None:

@@ -61,7 +61,7 @@ class GrugModelConfig:
         if self.compute_dtype not in ("bfloat16", "float32"):
             raise ValueError(f"GrugModelConfig: compute_dtype={self.compute_dtype!r}; choose bfloat16 or float32.")
 
-    def flops_per_token(self, seq_len: int) -> dict[str, float]:
+    def flops_per_token(self, seq_len: int) -> dict[str, int]:
         """Forward FLOPs of one token, by component; one multiply-add is 2. Attention counts all seq_len keys, as
         Levanter does: a causal kernel needs half of it."""
         d, n, k, h = self.hidden_dim, self.num_heads, self.num_kv_heads, self.head_dim

@@ -16,9 +16,17 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from grug_kernels.attention import AttentionMask
 from train import lev
 from train.checkpoint import Checkpoints, restore_latest_or_initialize
-from train.compiled import compile_step, peak_of_device
+from train.compiled import compile_step, keep_compiled_programs, peak_of_device
 from train.config import GrugTrainerConfig
-from train.data import PreparedData, build_train_dataset, build_train_loader, iter_from_step, mixture_metrics, prepare
+from train.data import (
+    PreparedData,
+    build_train_dataset,
+    build_train_loader,
+    cache_directory,
+    iter_from_step,
+    mixture_metrics,
+    prepare,
+)
 from train.evaluate import GrugEvalConfig, build_tagged_evaluator
 from train.mesh import create_mesh
 from train.metrics import Meter, RunTracker, start_tracker
@@ -84,6 +92,7 @@ def make_train_step(optimizer: Optimizer, trainer: GrugTrainerConfig):
             "train/cross_entropy": parts.cross_entropy,
             "train/z_loss": parts.z_loss,
             "train/grad_norm": optax.global_norm(grads),
+            "train/update_norm": optax.global_norm(updates),
             **hyperparameters(opt_state),
         }
         step = state.step + 1
@@ -119,6 +128,7 @@ def run_grug(variant: str, config: "GrugBaseLaunchConfig") -> None:
     mesh = create_mesh(trainer.batch_size, model=trainer.model_axis)
     optimizer = config.optimizer.build(trainer.steps, matrix_axes=matrix_axes)
     run = open_run(variant, config)
+    keep_compiled_programs(cache_directory(config.data))
     lev.import_in_background()
     with phase("data") as detail:
         data = prepare(config.data, detail)
@@ -146,7 +156,8 @@ def run_grug(variant: str, config: "GrugBaseLaunchConfig") -> None:
             def logits(params, tokens):
                 return params.logits(tokens, AttentionMask(causal=True))
 
-            finish(run, started, lambda: sample(logits, state.params, data.tokenizer_dir))
+            max_seq_len = config.model.max_seq_len
+            finish(run, started, lambda: sample(logits, state.params, data.tokenizer_dir, max_seq_len=max_seq_len))
 
 
 def train(
@@ -175,11 +186,17 @@ def train(
         log_every=trainer.log_every,
         start_step=start,
     )
+
+    def is_evaluated(step: int) -> bool:
+        return step % config.eval.every == 0 or step == trainer.steps
+
     with iter_from_step(loader, start) as batches, Progress(trainer.steps, start) as bar:
         first = next(batches)
         train_step = make_train_step(optimizer, trainer)
         train_step = compile_step(train_step, state, first, tracker, require_kernels=trainer.require_kernels)
         batches = chain([first], batches)
+        if start and is_evaluated(start):  # perhaps not yet: the run may have been stopped between save and evaluation
+            tracker.log(evaluations(state, evaluate, config.eval), step=start)
         for step in range(start + 1, trainer.steps + 1):
             with meter.loading():
                 batch = next(batches)
@@ -189,9 +206,10 @@ def train(
             with meter.hooks():
                 if step % trainer.log_every == 0:
                     tracker.log(mixture_metrics(dataset, step, batch_size), step=step)
-                # What is saved has been looked at first: meter.flush raises where a loss is not finite.
+                # Saved before it is evaluated, or a failing evaluation would cost the steps since the last checkpoint.
+                # And looked at before it is saved: meter.flush raises where a loss, gradient or update is not finite.
                 checkpoints.on_step(state, step, before_save=meter.flush)
-                if step % config.eval.every == 0 or step == trainer.steps:
+                if is_evaluated(step):
                     meter.flush()
                     tracker.log(evaluations(state, evaluate, config.eval), step=step)
     checkpoints.save(state, trainer.steps)

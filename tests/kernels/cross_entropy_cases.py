@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
-from grug_kernels.cross_entropy import linear_cross_entropy
+from grug_kernels.cross_entropy import LossParts, linear_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,27 @@ def oracle(inputs: Inputs, *, z_loss_weight=0.0, logit_soft_cap=None, reduction=
     }
 
 
-def loss_and_gradients(inputs: Inputs, *, cotangent=1.0, **kwargs) -> dict:
-    """The same names from `linear_cross_entropy(**kwargs)`, in one compiled program."""
+def plain_loss(hidden, lm_head, labels, *, weight, z_loss_weight=0.0, logit_soft_cap=None, reduction="mean"):
+    """What one writes without this package, and nothing of this package in it: all the logits, float32, autodiff."""
+    logits = jnp.dot(hidden, lm_head, preferred_element_type=jnp.float32)
+    if logit_soft_cap is not None:
+        logits = logit_soft_cap * jnp.tanh(logits / logit_soft_cap)
+    weight = jnp.where((labels >= 0) & (weight != 0), weight, 0.0)
+    lse = jax.nn.logsumexp(logits, axis=1)
+    cross_entropy = lse - jnp.take_along_axis(logits, jnp.maximum(labels, 0)[:, None], axis=1)[:, 0]
+    z_loss = z_loss_weight * lse**2
+    sums = [(weight * part).sum() for part in (cross_entropy + z_loss, cross_entropy, z_loss)]
+    means = [part / weight.sum() for part in sums]
+    return sums[0] if reduction == "sum" else means[0], LossParts(means[1], means[2], weight.sum())
+
+
+def loss_and_gradients(inputs: Inputs, *, function=linear_cross_entropy, cotangent=1.0, **kwargs) -> dict:
+    """The same names from `function(**kwargs)`, in one compiled program."""
 
     @jax.jit
     def run(hidden, lm_head, labels, weight):
-        function = partial(linear_cross_entropy, labels=labels, **kwargs)
-        loss, pull, parts = jax.vjp(lambda h, m, w: function(h, m, weight=w), hidden, lm_head, weight, has_aux=True)
+        loss_of = partial(function, labels=labels, **kwargs)
+        loss, pull, parts = jax.vjp(lambda h, m, w: loss_of(h, m, weight=w), hidden, lm_head, weight, has_aux=True)
         return loss, parts, pull(jnp.float32(cotangent))
 
     loss, parts, (dhidden, dlm_head, dweight) = run(*inputs.arrays)

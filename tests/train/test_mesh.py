@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mesh always has its five axes; what does not divide is refused with the numbers that would."""
+
+import jax
+import pytest
+from jax.sharding import AxisType
+
+from train.mesh import AXES, create_mesh
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape"),
+    [
+        ({}, (1, 8, 1, 1, 1)),
+        ({"model": 2}, (1, 4, 1, 1, 2)),
+        ({"replica_dcn": 2, "context": 2}, (2, 2, 2, 1, 1)),
+        ({"expert": 4, "model": 2}, (1, 1, 1, 4, 2)),
+    ],
+)
+def test_data_takes_the_devices_that_the_other_axes_leave(axes, shape):
+    mesh = create_mesh(8, **axes)
+    assert mesh.axis_names == AXES
+    assert mesh.axis_types == (AxisType.Explicit,) * 5
+    assert mesh.devices.shape == shape
+    assert sorted(device.id for device in mesh.devices.flat) == sorted(device.id for device in jax.devices())
+
+
+def test_axes_that_do_not_divide_the_devices_are_refused():
+    expected = r"replica_dcn=1 x context=1 x expert=1 x model=3 = 3 does not divide 8 devices.*divides 8"
+    with pytest.raises(ValueError, match=expected):
+        create_mesh(8, model=3)
+    with pytest.raises(ValueError, match=r"= 16 does not divide 8 devices"):
+        create_mesh(8, expert=4, model=4)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match=r"batch_size=12 is not a multiple of replica_dcn x data = 8 \(8 devices\)"):
+        create_mesh(12)
+    # The devices of the other axes work on the same sequences.
+    assert create_mesh(12, model=2).shape["data"] == 4
+    with pytest.raises(ValueError, match="choose a multiple of 4"):
+        create_mesh(6, replica_dcn=2, model=2)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that was stopped, killed or damaged goes on as if nothing had happened, or says why it does not."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.train.tiny import STEPS, arrays_of, flags, run, saved_steps, spoil
+from train.evaluate import Evaluator
+from train.metrics import Meter
+from train.summary import read_history
+
+ROOT = Path(__file__).parents[2]
+KILLS = 3
+
+
+def run_base(run_id: str, *more: str):
+    """The tiny run of the base variant: these tests are about it as well."""
+    return run("--variant", "base", *flags()[1:], "--run-id", run_id, *more)
+
+
+@pytest.fixture(scope="module")
+def straight(folder) -> Path:
+    """A run that nothing happened to."""
+    ended = run_base("straight")
+    assert ended.code == 0, ended.text
+    return folder / "runs" / "straight"
+
+
+def copied(straight: Path, name: str, *, without: tuple[int, ...] = ()) -> Path:
+    path = Path(shutil.copytree(straight, straight.with_name(name)))
+    for step in without:
+        shutil.rmtree(path / "checkpoints" / f"step-{step}")
+    return path
+
+
+def assert_same_end(straight: Path, other: Path) -> None:
+    """Both runs have the same last checkpoint, bit for bit, and the same metrics of the same steps."""
+    a, b = (arrays_of(path / "checkpoints" / f"step-{STEPS}") for path in (straight, other))
+    assert a == b
+    for metric in ("train/loss", "optim/learning_rate", "eval/loss", "eval/macro_bpb", "mixture/weight/code"):
+        assert read_history(other).series(metric) == read_history(straight).series(metric), metric
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped"])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_taken(straight, how):
+    path = copied(straight, how)
+    spoil(path / "checkpoints" / "step-6", how)
+    code, text = run("--resume", f"runs/{how}")
+    assert code == 0, text
+    assert f"refusing checkpoint runs/{how}/checkpoints/step-6" in text
+    assert "resuming from step 3" in text
+    assert f"runs/{how}/checkpoints/step-6 was neither written nor read by this run: moving it to" in text
+    assert_same_end(straight, path)
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped"])
+def test_where_the_only_checkpoint_is_damaged_the_run_stops(straight, how):
+    path = copied(straight, f"only-{how}", without=(3,))
+    spoil(path / "checkpoints" / "step-6", how)
+    for argv in (["--resume", str(path)], ["--variant", "base", *flags()[1:], "--output-path", str(path)]):
+        code, text = run(*argv)
+        assert code == 2, text
+        assert "1 checkpoints under" in text
+        assert "none can be used" in text
+    assert saved_steps(path) == [6]  # left for whoever wants to look at it
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_the_arrays_that_differ(straight):
+    code, text = run("--resume", "runs/straight", "--model.hidden-dim", "32")
+    assert code == 2, text
+    assert "warning: straight goes on with model.hidden_dim = 32; it was 16 when the run began." in text
+    assert "checkpoint runs/straight/checkpoints/step-6 is of another model or optimizer" in text
+    assert "float32[16] there, float32[32] here" in text
+    # The folder is still that of the model that it holds.
+    assert run("--resume", "runs/straight").code == 0
+
+
+def test_a_run_may_start_from_the_checkpoint_of_another(straight):
+    code, text = run_base("heir", "--trainer.load-checkpoint-path", "runs/straight/checkpoints/step-6")
+    assert code == 0, text
+    assert "resuming from step 6: runs/straight/checkpoints/step-6" in text
+    path = straight.with_name("heir")
+    assert arrays_of(path / "checkpoints/step-6") == arrays_of(straight / "checkpoints/step-6")
+    code, text = run_base("orphan", "--trainer.load-checkpoint-path", "runs/nobody", "--trainer.load-checkpoint")
+    assert code == 2
+    assert "there is no complete checkpoint under runs/orphan/checkpoints, runs/nobody" in text
+
+
+def interrupt(at_call: int, function):
+    """`function`, but its call number `at_call` is Ctrl-C."""
+    calls = iter(range(1, at_call + 1))
+
+    def interrupted(*args, **kwargs):
+        if next(calls) == at_call:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    return interrupted
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_does(straight, monkeypatch):
+    monkeypatch.setattr(Meter, "step", interrupt(5, Meter.step))
+    code, text = run_base("interrupted")
+    assert code == 130, text
+    assert "stopped. Newest checkpoint: runs/interrupted/checkpoints/step-3" in text
+    assert "go on with: uv run python -m train.run --resume runs/interrupted" in text
+    monkeypatch.undo()
+    code, text = run("--resume", "runs/interrupted")
+    assert code == 0, text
+    assert "resuming from step 3" in text
+    assert_same_end(straight, straight.with_name("interrupted"))
+
+
+def test_a_run_stopped_in_its_last_evaluation_does_not_lose_it(straight, monkeypatch):
+    """It is saved before it is evaluated: the run went on from there with nothing left to do, and no last eval/*."""
+    monkeypatch.setattr(Evaluator, "__call__", interrupt(2, Evaluator.__call__))
+    assert run_base("unevaluated").code == 130
+    monkeypatch.undo()
+    assert run("--resume", "runs/unevaluated").code == 0
+    assert_same_end(straight, straight.with_name("unevaluated"))
+
+
+def test_a_run_killed_at_any_moment_ends_as_the_one_that_was_not(folder, grug_cache, compiled_programs):
+    """On one device, in processes of their own; `python -m tests.train.kill_and_resume` does it at length."""
+    often = {"--steps": 24, "--checkpoint.every": 7, "--checkpoint.temporary-minutes": 1e-9, "--eval.every": 12}
+    proof = [sys.executable, "-m", "tests.train.kill_and_resume", "--kills", str(KILLS), "--folder", "proof", "--"]
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "GRUG_CACHE_DIR": str(grug_cache),
+        "JAX_COMPILATION_CACHE_DIR": str(compiled_programs),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [*proof, *flags(often | {"--trainer.log-every": 1, "--trainer.ema-beta": 0.9})]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert [f"life {number}:" in ended.stdout for number in range(1, KILLS + 1)] == [True] * KILLS
+    assert "killed in a save" in ended.stdout
+    assert "half written" in ended.stdout
+    assert ended.stdout.endswith("equal\n")
