@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from train import lev
 from train.data import build_validation_sets
-from train.evaluate import GrugGrugEvalConfig, bits_per_byte, build_tagged_evaluator
+from train.evaluate import GrugEvalConfig, bits_per_byte, build_tagged_evaluator
 
 from .test_data import CONFIG, SEQ_LEN, mesh_of, tiny_data
 
@@ -33,7 +33,7 @@ def per_token_losses(params, batch):
 
 
 def evaluator_of(prepared, losses=per_token_losses, *, batch_size=4, mesh=None, examples=None):
-    cfg = GrugGrugEvalConfig(max_examples_per_dataset=examples)
+    cfg = GrugEvalConfig(max_examples_per_dataset=examples)
     return build_tagged_evaluator(prepared, CONFIG, cfg, SEQ_LEN, batch_size, mesh or mesh_of(1, 1), losses)
 
 
@@ -152,4 +152,4 @@ def test_a_batch_that_does_not_divide_over_the_mesh_is_refused(prepared):
 )
 def test_configurations_that_evaluate_nothing_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        GrugGrugEvalConfig(**fields)
+        GrugEvalConfig(**fields)
