@@ -14,3 +14,6 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_backend_optimization_level=0",
     ]
 )
+# XLA runs a sharded program's collectives on a pool of as many threads as there are devices: two collectives that wait
+# at once leave some device without a thread, and the program stands still until it is aborted. More threads, no hang.
+os.environ.setdefault("PJRT_NPROC", "32")

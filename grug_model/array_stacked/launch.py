@@ -62,3 +62,9 @@ def run(config: GrugBaseLaunchConfig) -> None:
     from .train import run_grug
 
     run_grug(VARIANT, config)
+
+
+if __name__ == "__main__":  # as `python -m`: train.run, with this variant
+    from train.run import main
+
+    main(variant=VARIANT)

@@ -1,18 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the end-to-end tests share: a prepared corpus, and folders in which runs may be started."""
 
-import os
-
-# XLA runs a sharded program's collectives on a pool of as many threads as there are devices: two collectives that wait
-# at once leave some device without a thread, and the program stands still until it is aborted. More threads, no hang.
-os.environ.setdefault("PJRT_NPROC", "32")
-
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from tests.train import tiny
 from train.data import DataConfig, prepare
+
+_MIN_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 
 
 @pytest.fixture(scope="session")
@@ -31,9 +27,6 @@ def compiled_programs(tmp_path_factory):
     _cache_programs(jax_compilation_cache_dir=str(folder), **{_MIN_SECONDS: 0.0})
     yield folder
     _cache_programs(**before)
-
-
-_MIN_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 
 
 def _cache_programs(**settings) -> None:

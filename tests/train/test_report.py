@@ -14,9 +14,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train import plot, progress, report
+from train import progress, report
 from train.metrics import METRICS_FILE
-from train.plot import Line, Scale, line_plot, smooth, standalone, thin, tick_label
+from train.plot import (
+    BOTTOM,
+    LEFT,
+    MAX_POINTS,
+    RIGHT,
+    TOP,
+    Line,
+    Scale,
+    line_plot,
+    smooth,
+    standalone,
+    thin,
+    tick_label,
+)
 from train.report import loss_plot, write_report
 from train.summary import BYTE_UNIGRAM, TOKEN_UNIGRAM, WIDTH, Ending, clock, kernel_metrics, read_history, si, summarise
 
@@ -336,7 +349,7 @@ def test_thinning_keeps_the_spikes():
     points = [(x, 1.0) for x in range(100_000)]
     points[54_321], points[54_400] = (54_321, 50.0), (54_400, -50.0)
     kept = thin(points)
-    assert len(kept) <= plot.MAX_POINTS
+    assert len(kept) <= MAX_POINTS
     assert (54_321, 50.0) in kept
     assert (54_400, -50.0) in kept
     assert [x for x, _ in kept] == sorted(x for x, _ in kept)
@@ -354,10 +367,10 @@ def test_a_plot_draws_its_points_where_they_are():
     plot = ET.fromstring(line_plot("p", [Line("a", [(0, 0.0), (10, 1.0)])], width=500, height=300))
     path = next(path for path in plot.iter("{http://www.w3.org/2000/svg}path") if path.get("stroke") == "var(--c0)")
     (x0, y0), (x1, y1) = (map(float, point.split()) for point in path.get("d")[1:].split("L"))
-    assert (x0, x1) == (plot.LEFT, 500 - plot.RIGHT)
-    height = 300 - plot.TOP - plot.BOTTOM
+    assert (x0, x1) == (LEFT, 500 - RIGHT)
+    height = 300 - TOP - BOTTOM
     assert y0 - y1 == pytest.approx(height / 1.12, abs=0.2)  # 6 % of room below and above
-    assert plot.TOP < y1 < y0 < 300 - plot.BOTTOM
+    assert TOP < y1 < y0 < 300 - BOTTOM
 
 
 def test_labels_of_close_levels_do_not_overlap():

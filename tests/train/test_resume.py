@@ -132,7 +132,7 @@ def test_a_run_killed_at_any_moment_ends_as_the_one_that_was_not(folder, grug_ca
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # as the other tests, on one device
         "GRUG_CACHE_DIR": str(grug_cache),
         "JAX_COMPILATION_CACHE_DIR": str(compiled_programs),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

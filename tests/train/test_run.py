@@ -15,25 +15,16 @@ from train.summary import History, read_history
 
 BATCH, SEQ_LEN = FLAGS["--trainer.batch-size"], FLAGS["--trainer.seq-len"]
 
-EVERY_STEP = {"train/loss", "train/cross_entropy", "train/z_loss", "train/grad_norm", "train/update_norm"} | {
-    "global_step",
-    "run_progress",
-    "optim/learning_rate",
+EVERY_STEP = {
+    *("train/loss", "train/cross_entropy", "train/z_loss", "train/grad_norm", "train/update_norm"),
+    *("global_step", "run_progress", "optim/learning_rate"),
 }
 EVERY_WINDOW = {
-    f"throughput/{name}"
-    for name in (
-        "duration",
-        "examples_per_second",
-        "tokens_per_second",
-        "total_tokens",
-        "gflops_per_second",
-        "total_gflops",
-        "mfu",
-        "hook_time",
-        "loading_time",
-    )
-} | {"mixture/stage", "mixture/weight/prose", "mixture/weight/code"}
+    *("throughput/duration", "throughput/examples_per_second", "throughput/tokens_per_second"),
+    *("throughput/total_tokens", "throughput/gflops_per_second", "throughput/total_gflops", "throughput/mfu"),
+    *("throughput/hook_time", "throughput/loading_time"),
+    *("mixture/stage", "mixture/weight/prose", "mixture/weight/code"),
+}
 EVERY_EVALUATION = {
     f"{prefix}/{name}"
     for prefix in ("eval", "eval/ema")
