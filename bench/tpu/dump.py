@@ -104,7 +104,7 @@ def compile_and_dump(module: bytes, core: Core) -> Iterator[Dump]:
         if (refusal := directory / "refusal.txt").exists():
             raise Refused(f"{core.chip.name}: {refusal.read_text()}")
         facts = json.loads((directory / "facts.json").read_text())
-        yield Dump((directory / "hlo.txt").read_text(), **facts, directory=directory, aliases=_aliases(directory))
+        yield Dump((directory / "hlo.txt").read_text(), **facts, directory=directory, aliases=read_aliases(directory))
 
 
 def _run_worker(directory: Path, topology: str) -> None:
@@ -128,7 +128,7 @@ def _run_worker(directory: Path, topology: str) -> None:
         raise RuntimeError(f"compiling for {topology} died with exit status {done.returncode}:\n{last_lines}")
 
 
-def _aliases(directory: Path) -> dict[str, str]:
+def read_aliases(directory: Path) -> dict[str, str]:
     """Kernels that libtpu found equal to another, which alone it dumped."""
     found: dict[str, str] = {}
     for path in directory.glob("*-deduplication-map.txt"):

@@ -91,7 +91,12 @@ def analyze(
     """
     core = core_of(chip)
     with dump.compile_and_dump(dump.lower(function, args, core), core) as dumped:
-        return _Reader(core, dumped, smem or {}).schedule()
+        return read(core, dumped, smem or {})
+
+
+def read(core: Core, dumped: dump.Dump, smem: ScalarOperands) -> Schedule:
+    """The schedule of what has been compiled and dumped; see `analyze`."""
+    return _Reader(core, dumped, smem).schedule()
 
 
 class _Reader:
@@ -227,10 +232,14 @@ def main() -> None:
     options = parser.parse_args()
     # The function is only lowered here: jax should not look for a TPU, nor wait for one.
     jax.config.update("jax_platforms", "cpu")
+    logger.setLevel(logging.ERROR)  # the table has the notes
     schedules = {}
     for spec in options.cases:
-        function, args, smem = load_case(spec)
-        schedules[spec] = analyze(function, args, options.chip, smem=smem)
+        try:
+            function, args, smem = load_case(spec)
+            schedules[spec] = analyze(function, args, options.chip, smem=smem)
+        except (ValueError, RuntimeError) as error:
+            raise SystemExit(f"{spec}: {error}") from None
         print(f"{spec}\n{schedules[spec].table()}\n")
     if options.json:
         options.json.write_text(json.dumps({spec: s.to_json() for spec, s in schedules.items()}, indent=1))

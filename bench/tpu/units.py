@@ -50,7 +50,7 @@ def parse_utilization(text: str) -> Utilization:
     if len(rows) < 2 or any(len(row) != len(SLOTS) for row in rows):
         widths = sorted({len(row) for row in rows})
         raise ValueError(
-            f"utilization: {len(rows)} lines of {widths} numbers. Expected a line of capacities and one line per bundle,"
+            f"utilization: {len(rows)} lines of {widths} numbers. Expected a line of capacities and one per bundle,"
             f" {len(SLOTS)} numbers each: {', '.join(SLOTS)}."
         )
     return Utilization(rows[0], tuple(rows[1:]))
