@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from bench.tpu.core import Core
+from grug_kernels import dispatch
 
 _ROOT = Path(__file__).parents[2]
 
@@ -74,11 +75,13 @@ class Dump:
 def lower(function: Callable[..., Any], args: Sequence[Any], core: Core) -> bytes:
     """StableHLO of `function` for the core's chip. args: arrays or anything with shape and dtype, in any pytree.
 
-    Needs no libtpu. Pallas asks for the chip it lowers for; an abstract mesh without axes tells it.
+    Needs no libtpu. Pallas asks for the chip it lowers for; an abstract mesh without axes tells it. Our own kernels are
+    chosen as on a TPU.
     """
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tuple(args))
     device = jax.sharding.AbstractDevice(core.chip.device_kinds[0], core.cores_per_device, "tpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with dispatch.targeting("tpu"), jax.sharding.use_abstract_mesh(mesh):
         lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("tpu",))
     module, bytecode = lowered.compiler_ir(), io.BytesIO()
     assert module is not None

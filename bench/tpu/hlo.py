@@ -38,12 +38,6 @@ class Instruction:
     def is_pallas(self) -> bool:
         return 'custom_call_target="tpu_custom_call"' in self.rest
 
-    @property
-    def libtpu_cycles(self) -> int | None:
-        """libtpu's own estimate, where it prints one. It takes every scalar table as zeros."""
-        found = re.findall(r'"bundle_analysis_data":\{"estimated_cycles":"(\d+)"', self.rest)
-        return int(found[0]) if found and int(found[0]) else None
-
 
 @dataclass(frozen=True)
 class Call:

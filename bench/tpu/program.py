@@ -126,7 +126,7 @@ def parse(text: str) -> Program:
         stop = heads[address + 1].start() if address + 1 < len(heads) else len(text)
         body = text[head.end() : stop]
         for region in _REGION_START.findall(body):
-            regions.setdefault(int(region), address)
+            regions[int(region)] = address
         bundles.append(Bundle(tuple(_instructions(body)), head[2].count(">")))
     return Program(tuple(bundles), regions)
 

@@ -41,14 +41,13 @@ _COPIES = {"copy-start", "copy", "slice-start", "async-start"}
 
 @dataclass(frozen=True)
 class Kernel:
-    """calls: per run of the function. predicted_ms: of all its calls. libtpu_cycles: its own estimate of one call."""
+    """calls: per run of the function. predicted_ms: of all its calls."""
 
     name: str
     is_pallas: bool
     calls: int
     predicted_ms: float
     count: kernel.Count
-    libtpu_cycles: int | None
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,6 @@ class _Reader:
             calls=call.times,
             predicted_ms=1e3 * seconds * call.times,
             count=count,
-            libtpu_cycles=instruction.libtpu_cycles,
         )
 
     def _tables(self, instruction: hlo.Instruction) -> dict[int, np.ndarray]:

@@ -48,6 +48,11 @@ def test_an_instruction_is_read_with_its_guard_and_all_registers():
     assert set(load.reads) == {Register("s", 2), Register("p", 1)}
 
 
+def test_a_phi_waits_for_nothing():
+    (bundle,) = program.parse("     0   :  { %s1_s4 = sphi %s2_s4, %s3_s4 /* phi copy */ }\n").bundles
+    assert bundle.instructions[0].reads == ()
+
+
 def test_a_missing_bundle_is_an_error():
     with pytest.raises(ValueError, match=r"bundle 0x1 is missing: 0x2 is printed in its place"):
         program.parse("     0   :  {}\n   0x2   :  {}\n")
@@ -178,11 +183,14 @@ def test_transfers_share_the_bandwidth_and_semaphores_keep_them_apart():
 
 
 def test_a_general_dma_is_told_by_its_pointers():
-    trace = prepare(
+    _, _, machine = final_state(
         "{ %s1_s1 = inlined_call_operand.hbm [shape: f32[8], index: 0, kind: input, shape index: {}] }",
         "{ %2 = dma.general /*src=*/%s1_s1, /*size=*/64, /*dst=*/[#allocation2], [#allocation3], 0 }",
-    ).run(CORE)
-    assert trace.hbm_bytes == 64 * 32
+        "{ %3 = dma.general /*src=*/[#allocation4], /*size=*/64, /*dst=*/[#allocation2], [#allocation3], 0 }",
+        tables={0: np.arange(8, dtype=np.int32)},
+    )
+    assert (machine.dmas, machine.hbm_bytes) == (2, 64 * 32)
+    assert not machine.memory  # to VMEM, not to scalar memory
 
 
 READ_TABLE = (
@@ -197,6 +205,17 @@ def test_a_table_is_read_from_the_operand():
     scalars, _, machine = final_state(*READ_TABLE, tables={2: np.arange(100, 108, dtype=np.int32)})
     assert scalars[2] == 103
     assert not machine.missing
+
+
+def test_a_pointer_counts_granules_shifted_or_not():
+    """int_to_ptr takes an address shifted left by four; a transfer then names the same granule of the operand."""
+    words = np.arange(100, 164, dtype=np.int32)
+    pointer, copy, wait, load = READ_TABLE
+    offset = "{ %s1_s1 = scalar_lea.hbm %s1_s1, 2 }"
+    shift = "{ %s5_s1 = sshll.u32 %s1_s1, 4 ;; %s6_s1 = int_to_ptr.hbm [resolvable:$true] %s5_s1 }"
+    for bundles in ([pointer, offset, copy, wait, load], [pointer, offset, shift, copy, wait, load]):
+        scalars, *_ = final_state(*bundles, tables={2: words})
+        assert scalars[2] == 100 + 2 * 8 + 3
 
 
 def test_a_table_that_is_not_known_is_named():

@@ -62,7 +62,7 @@ def test_two_units_stream_side_by_side():
 def test_a_pop_waits_for_its_result():
     """The shortest way from issue to pop, here 5 cycles, is the latency; the second result streams 8 cycles later."""
     pop = "{ %v3_v3 = vpop.f32.mrb[0].mxu0 }"
-    assert stalls([MATMUL, MATMUL, "{}", "{}", "{}", pop, pop]) == {6: 8 + 5 - 6}
+    assert stalls([MATMUL, MATMUL, "{}", "{}", "{}", pop, "{}", pop]) == {7: 8 + 5 - 7}
 
 
 def test_matmuls_of_a_program_are_shared_by_its_units():
@@ -120,7 +120,9 @@ b"}
   %copy-done.1 = s8[2,3]{1,0:T(4,128)(4,1)S(1)} copy-done(%copy-start.1)
   %while.1 = (s32[], f32[8]{0}) while(%x.1), condition=%cond.1, body=%body.1
   %while.2 = (s32[], f32[8]{0}) while(%x.1), condition=%cond.1, body=%body.1, config={"known_trip_count":{"n":"5"}}
-  ROOT %kernel.1 = f32[8]{0} custom-call(%copy-done.1, /*index=1*/%x.1), custom_call_target="tpu_custom_call"
+  ROOT %kernel.1 = f32[8]{0} custom-call(%copy-done.1, /*index=1*/%x.1), frontend_attributes={kernel_metadata={
+"xprof_metadata":"1"
+}}, custom_call_target="tpu_custom_call"
 }
 """
 
@@ -162,6 +164,7 @@ def test_text_that_is_no_module_is_an_error():
         (np.arange(3, dtype=np.int32), "{0:T(128)}", {0: 0, 1: 1, 2: 2, 127: 0}),
         (np.arange(6, dtype=np.int32).reshape(2, 3), "{1,0:T(2,128)}", {0: 0, 2: 2, 128: 3, 130: 5}),
         (np.arange(6, dtype=np.int32).reshape(2, 3), "{0,1:T(4,128)}", {0: 0, 1: 3, 128: 1, 257: 5}),
+        (np.arange(12, dtype=np.int32).reshape(4, 3), "{1,0:T(2,128)}", {1: 1, 128: 3, 256: 6, 384: 9}),
         # Four rows of bytes share a word: byte r of word c is [r, c].
         (np.arange(8, dtype=np.int8).reshape(4, 2), "{1,0:T(4,128)(4,1)}", {0: 0x06040200, 1: 0x07050301}),
         # 512 bytes in a row are four rows of 128.
