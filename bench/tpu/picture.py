@@ -5,6 +5,7 @@ Self-contained SVG, one kernel or several below one another on the same scale, s
 """
 
 import html
+import itertools
 from collections.abc import Mapping
 
 from bench.tpu.kernel import STRIP_UNITS, Count, Region
@@ -14,7 +15,7 @@ _HEAD, _FOOT = 44, 58
 _SMALLEST_SHARE = 0.01  # regions with less of the longest kernel's cycles are drawn together
 
 # Light to dark, so that the page also reads in print.
-_EMPTY, _FULL = (241, 245, 249), (30, 64, 175)
+_EMPTY, _FULL, _SHADES = (241, 245, 249), (30, 64, 175), 12
 _HATCH = (
     '<defs><pattern id="wait" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
     '<rect width="6" height="6" fill="#fee2e2"/><rect width="2" height="6" fill="#ef4444"/></pattern></defs>'
@@ -103,9 +104,13 @@ def _region(region: Region, x: float, top: float, width: float) -> str:
 
 
 def _strip(shares: tuple[float, ...], x: float, y: float, width: float) -> str:
-    step = width / len(shares)
-    # A hair wider than its step: no white lines between neighbours.
-    return "".join(_rect(x + i * step, y, step + 0.3, ROW, _color(share)) for i, share in enumerate(shares))
+    """A row of rectangles, neighbours of one shade in one: an eye tells few shades, and the file stays small."""
+    step, parts = width / len(shares), []
+    for color, group in itertools.groupby(shares, key=_color):
+        length = step * len(list(group))
+        parts.append(_rect(x, y, length + 0.3, ROW, color))  # a hair wider: no white line to the next one
+        x += length
+    return "".join(parts)
 
 
 def _rest(cycles: int, x: float, top: float, width: float) -> str:
@@ -119,5 +124,5 @@ def _rect(x: float, y: float, width: float, height: float, fill: str) -> str:
 
 
 def _color(share: float) -> str:
-    share = min(1.0, max(0.0, share))
+    share = round(_SHADES * min(1.0, max(0.0, share))) / _SHADES
     return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(_EMPTY, _FULL, strict=True))

@@ -232,13 +232,13 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     logger.setLevel(logging.ERROR)  # the table has the notes
     schedules = {}
-    for spec in options.cases:
-        try:
-            function, args, smem = load_case(spec)
+    try:
+        cases = {spec: load_case(spec) for spec in options.cases}
+        for spec, (function, args, smem) in cases.items():
             schedules[spec] = analyze(function, args, options.chip, smem=smem)
-        except (ValueError, RuntimeError) as error:
-            raise SystemExit(f"{spec}: {error}") from None
-        print(f"{spec}\n{schedules[spec].table()}\n")
+            print(f"{spec}\n{schedules[spec].table()}\n")
+    except (ValueError, RuntimeError) as error:
+        parser.error(str(error))
     if options.json:
         options.json.write_text(json.dumps({spec: s.to_json() for spec, s in schedules.items()}, indent=1))
     if options.picture:
