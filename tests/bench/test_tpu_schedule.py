@@ -7,14 +7,17 @@
 import importlib.util
 import itertools
 import json
+import subprocess
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from bench.tpu import dump, hlo, kernel, picture, schedule, units
 from bench.tpu.core import CORES, core_of
+from grug_kernels import dispatch
 from tests.bench import tpu_cases
 from tests.bench.test_tpu_schedule_scalar import listing
 
@@ -146,6 +149,13 @@ def _right_edges(svg: str, kernel_number: int) -> list[float]:
     return [float(r["x"]) + float(r["width"]) for r in rectangles if float(r["y"]) // height == kernel_number]
 
 
+def test_fuller_is_darker(gather_files):
+    """The gather leaves its matrix units empty and fills all store slots in some bundles."""
+    root = ElementTree.fromstring(picture.svg({"gather": kernel.count(gather_files, CORE)}))
+    fills = {element.attrib.get("fill") for element in root.iter()}
+    assert {"#f1f5f9", "#1e40af"} <= fills
+
+
 def test_a_picture_of_nothing_is_an_error():
     with pytest.raises(ValueError, match="no kernel to draw"):
         picture.svg({})
@@ -175,8 +185,29 @@ def test_without_libtpu_the_error_says_how_to_get_it(monkeypatch):
         pass
 
 
-def test_lowering_needs_no_libtpu_and_tells_the_chip():
+def test_a_compiler_that_dies_is_quoted(monkeypatch):
+    died = subprocess.CompletedProcess([], returncode=-11, stdout="", stderr="Fatal: check failed\n")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: died)
+    message = "compiling for v6e:2x2 died with exit status -11:\nFatal: check failed"
+    with pytest.raises(RuntimeError, match=message), dump.compile_and_dump(b"", CORE):
+        pass
+
+
+def test_lowering_needs_no_libtpu():
     assert b"tpu_custom_call" in dump.lower(*tpu_cases.gather(), CORE)
+
+
+@pytest.mark.parametrize("chip", ["v5p", "v6e"])
+def test_functions_are_traced_as_for_the_chip(chip):
+    seen = []
+
+    def function(x):
+        seen.append((dispatch.platform(), str(pltpu.get_tpu_info().chip_version)))
+        return x
+
+    dump.lower(function, (np.zeros(8, np.float32),), core_of(chip))
+    assert seen == [("tpu", chip)]
 
 
 @needs_libtpu
