@@ -6,9 +6,9 @@
 
 import argparse
 import dataclasses
-import functools
 import importlib
 import logging
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,13 +20,11 @@ from bench.laptop import Example, Mask
 from bench.tpu.record import Record, compile_record
 from bench.tpu.topology import Topology, tpu_topology
 
-DEPTHS = (12, 48)
-DEPTH_MODEL = {}
-DEPTH_TRAINER = {}
+VARIANTS = Path(__file__).parent.parent.parent / "grug_model"
 
 
 def template(variant: str, *, model: dict[str, Any] | None = None, trainer: dict[str, Any] | None = None) -> Any:
-    """The variant's 130M preset, with these fields of its model and trainer replaced."""
+    """The variant's 130M preset, with these fields of its model and its trainer replaced."""
     config = importlib.import_module(f"grug_model.{variant}.launch").PRESETS["130m"]
     return dataclasses.replace(
         config,
@@ -58,14 +56,6 @@ def step_record(variant: str, config: Any, topology: Topology) -> Record:
         return compile_record(train.make_train_step(optimizer, trainer), state, batch, topology=topology)
 
 
-@functools.cache
-def depth_record(variant: str, num_layers: int, chip: str) -> Record:
-    """The step of a small model this deep on the chip's smallest topology; compiled once, for all who ask."""
-    jax.clear_caches()  # or the second depth would find traced what the first one traced
-    config = template(variant, model=DEPTH_MODEL | {"num_layers": num_layers}, trainer=DEPTH_TRAINER)
-    return step_record(variant, config, tpu_topology(chip))
-
-
 def abstract_batch(mesh: Mesh, batch_size: int, seq_len: int) -> Example:
     """The shapes of a batch, split over `mesh`."""
     sharding = NamedSharding(mesh, P(("replica_dcn", "data"), None))
@@ -78,7 +68,7 @@ def abstract_batch(mesh: Mesh, batch_size: int, seq_len: int) -> Example:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the 130M template's training step for a TPU topology.")
-    parser.add_argument("variant", help="a folder of grug_model/")
+    parser.add_argument("variant", choices=sorted(file.parent.name for file in VARIANTS.glob("*/launch.py")))
     parser.add_argument("topology", help="such as v6e or v5p:4x4x4")
     parser.add_argument("--num-layers", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -90,7 +80,10 @@ def main() -> None:
         model={"num_layers": options.num_layers},
         trainer={"batch_size": options.batch_size, "seq_len": options.seq_len},
     )
-    print(step_record(options.variant, config, tpu_topology(options.topology)))
+    try:
+        print(step_record(options.variant, config, tpu_topology(options.topology)))
+    except (ValueError, ModuleNotFoundError) as error:
+        parser.error(str(error))  # its message says what to do; a traceback would hide it
 
 
 if __name__ == "__main__":

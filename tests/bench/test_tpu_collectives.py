@@ -64,8 +64,12 @@ def test_each_kind_is_counted_with_its_bytes():
 
 @pytest.mark.parametrize(
     "condition",
-    ["ROOT %lt = pred[] compare(%counter.1, %bound), direction=LT", "ROOT %lt = pred[] fusion(%six), kind=kLoop"],
-    ids=["bound_known_at_run_time", "not_a_comparison"],
+    [
+        "ROOT %lt = pred[] compare(%counter.1, %bound), direction=LT",
+        "ROOT %lt = pred[] fusion(%six), kind=kLoop",
+        "ROOT %ne = pred[] compare(%counter.1, %six), direction=NE",
+    ],
+    ids=["bound_known_at_run_time", "not_a_comparison", "another_comparison"],
 )
 def test_a_loop_of_unknown_length_counts_once_and_is_told_of(condition):
     old = "ROOT %lt = pred[]{:T(512)} compare(%counter.1, %six), direction=LT"

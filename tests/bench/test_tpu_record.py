@@ -217,3 +217,10 @@ def test_the_command_compiles_what_it_was_asked_for(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["step", "base", "v5p", "--num-layers", "7", "--batch-size", "8"])
     step.main()
     assert "unsupported: compile raised Error: base 7 8 4096" in capsys.readouterr().out
+
+
+def test_the_command_says_what_is_wrong_without_a_traceback(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["step", "base", "v9"])
+    with pytest.raises(SystemExit):
+        step.main()
+    assert "'v9' is no TPU that can be compiled for" in capsys.readouterr().err
