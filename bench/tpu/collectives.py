@@ -2,7 +2,7 @@
 """What devices send each other in one run of a compiled program, counted in its optimised HLO.
 
 Instructions in loops count as often as the loop runs, where its condition compares with a constant, as `lax.scan`
-makes it; otherwise once, and `loops_of_unknown_length` says that there are such.
+makes it; otherwise once, and `loops_of_unknown_length` says that there are such. Of branches, every one is counted.
 """
 
 import math
@@ -41,8 +41,14 @@ class Kind:
 
 @dataclass
 class Collectives:
+    """loops_of_unknown_length: of those that hold collectives."""
+
     kinds: dict[str, Kind] = field(default_factory=lambda: defaultdict(Kind))
     loops_of_unknown_length: int = 0
+
+    @property
+    def count(self) -> int:
+        return sum(kind.count for kind in self.kinds.values())
 
 
 @dataclass(frozen=True)
@@ -101,14 +107,13 @@ def _count(program: Program, name: str, times: int, found: Collectives) -> None:
             kind = "reduce-scatter" if is_reduce_scatter else kind
             found.kinds[kind].count += times
             found.kinds[kind].payload_bytes += times * _payload_bytes(instruction, results)
-        runs = times
-        if instruction.op == "while":
-            length = _loop_length(program, instruction)
-            found.loops_of_unknown_length += length is None
-            runs *= length or 1
+        length = _loop_length(program, instruction) if instruction.op == "while" else 1
+        before = found.count
         for called, branches in _CALLED.findall(instruction.rest):
             for callee in [called] if called else _NAME.findall(branches):
-                _count(program, callee, runs, found)
+                _count(program, callee, times * (length or 1), found)
+        if length is None and found.count > before:
+            found.loops_of_unknown_length += 1
 
 
 def _loop_length(program: Program, loop: _Instruction) -> int | None:

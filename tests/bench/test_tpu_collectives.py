@@ -79,6 +79,14 @@ def test_a_loop_of_unknown_length_counts_once_and_is_told_of(condition):
     assert found.loops_of_unknown_length == 1
 
 
+def test_a_loop_of_unknown_length_without_collectives_matters_to_nobody():
+    """The blockwise attention's loops are such."""
+    gather = next(line for line in PROGRAM.splitlines() if "all-gather(" in line)
+    found = collectives(PROGRAM.replace("direction=LT", "direction=NE").replace(gather, ""))
+    assert found.loops_of_unknown_length == 0
+    assert "all-gather" not in found.kinds
+
+
 def test_every_branch_is_counted():
     """An upper bound: which one runs is not known."""
     call = "%fusion.1 = f32[128,64]{1,0:T(8,128)} fusion(%big), kind=kCustom, calls=%all-reduce-scatter.1"
