@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a record says of programs small enough to add up by hand, compiled by libtpu itself."""
+
+import json
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+from jax.sharding import PartitionSpec as P
+
+from bench.tpu import step
+from bench.tpu.record import Record, Refusal, compile_record
+from bench.tpu.topology import LIBTPU_IS_MISSING, has_libtpu, tpu_topology
+from grug_kernels import dispatch
+from grug_kernels.attention import AttentionMask, attention
+
+pytestmark = pytest.mark.skipif(not has_libtpu(), reason=LIBTPU_IS_MISSING)
+
+MIB, GIB = 2**20, 2**30
+
+
+def struct(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+class State(NamedTuple):
+    step: Any
+    params: Any
+    opt_state: Any
+    ema_params: Any
+    key: Any
+
+
+def make_state() -> State:
+    """8 layers of [256, 128] float32, split over "data", with two moments and an average each."""
+
+    def weights():
+        return {"layers": jnp.zeros((8, 256, 128), out_sharding=P(None, "data", None))}
+
+    return State(jnp.zeros((), jnp.int32), weights(), (weights(), weights()), weights(), jax.random.key(0))
+
+
+def train_step(state: State, batch: Any) -> State:
+    """A scan whose body gathers one layer's weight; its gradient is summed over the devices."""
+
+    def layer(x, weight):
+        whole = jax.reshard(weight, P(None, None))
+        return jnp.tanh(jnp.einsum("bf,df->bd", jnp.einsum("bd,df->bf", x, whole), whole)), None
+
+    def loss(params):
+        return jnp.sum(jax.lax.scan(layer, batch, params["layers"])[0])
+
+    grads = jax.grad(loss)(state.params)
+    params, first, second, ema = (
+        jax.tree.map(lambda old, new: 0.9 * old + new, tree, grads)
+        for tree in (state.params, *state.opt_state, state.ema_params)
+    )
+    return State(state.step + 1, params, (first, second), ema, state.key)
+
+
+@pytest.fixture(scope="module")
+def step_of_four() -> Record:
+    topology = tpu_topology("v6e")
+    mesh = topology.mesh()
+    with topology.targeted(mesh):
+        state = jax.eval_shape(make_state)
+        batch = jax.ShapeDtypeStruct((512, 256), jnp.float32, sharding=jax.NamedSharding(mesh, P("data", None)))
+        return compile_record(jax.jit(train_step, donate_argnums=0), state, batch, topology=topology)
+
+
+def test_arguments_are_split_by_what_they_are(step_of_four):
+    weights = 8 * 256 * 128 * 4 // 4  # of one device of four
+    arguments = step_of_four.hbm.arguments
+    assert arguments.pop("padding") < 10 * 1024
+    assert arguments == {
+        "parameters": weights,
+        "optimizer": 2 * weights,
+        "ema": weights,
+        "batch": 512 * 256 * 4 // 4,
+        "other": 128 * 4 + 128 * 4,  # the counter and the key, each alone in a tile's row
+    }
+
+
+def test_donated_arguments_are_not_counted_twice(step_of_four):
+    hbm = step_of_four.hbm
+    assert hbm.donated_bytes >= 4 * hbm.arguments["parameters"]
+    assert hbm.reserved_bytes < hbm.arguments_bytes + hbm.outputs_bytes
+    assert hbm.left_bytes == int(31.24 * GIB) - hbm.reserved_bytes
+
+
+def test_collectives_of_a_scan_count_once_a_layer(step_of_four):
+    """Each of 8 weights is gathered, in bf16: the matmul would round it anyway, and XLA rounds first."""
+    kinds = step_of_four.collectives.kinds
+    assert kinds["all-gather"].count in (8, 16)  # the backward pass's too, or the forward pass's kept
+    assert kinds["all-gather"].payload_bytes == kinds["all-gather"].count * 256 * 128 * 2
+    assert kinds["all-reduce"].count + kinds["reduce-scatter"].count in (1, 8)
+    assert step_of_four.collectives.loops_of_unknown_length == 0
+
+
+def test_the_row_is_flat_and_json(step_of_four):
+    row = json.loads(json.dumps(step_of_four.row()))
+    assert row["topology"] == "v6e:2x2"
+    assert row["devices"] == 4
+    assert min(row["trace_seconds"], row["lower_seconds"], row["compile_seconds"], row["compile_cpu_seconds"]) > 0
+    assert row["stablehlo_lines"] > 20
+    assert row["stablehlo_bytes"] > 40 * row["stablehlo_lines"] / 2
+    assert row["hbm/left_bytes"] == row["hbm/available_bytes"] - row["hbm/reserved_bytes"]
+    assert row["collectives/all-gather/payload_bytes"] > 0
+    assert "unsupported" not in row
+
+
+def test_printed_it_says_how_much_is_left(step_of_four):
+    text = str(step_of_four)
+    assert "v6e:2x2, 4 devices" in text
+    assert "parameters 0.2 MiB, optimizer 0.5 MiB, ema 0.2 MiB" in text
+    assert "of 31989.8 MiB on each device" in text
+    assert "all-gather: " in text
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "tpu7x"])
+def test_a_plain_function_goes_on_one_device(chip):
+    """A [1000, 300] float32 fills tiles of [8, 128]. libtpu lays it out with 1000 along the lanes: [304, 1024]."""
+    record = compile_record(lambda x, scale: (x @ x.T) * scale, struct(1000, 300), 2.0, topology=tpu_topology(chip))
+    assert record.hbm.arguments["other"] == 304 * 1024 * 4 + 512
+    assert 0 <= record.hbm.arguments["padding"] < 1024
+    assert record.hbm.outputs_bytes == 1000 * 1024 * 4
+    assert not record.collectives.kinds
+    assert record.refusal is None
+
+
+def test_kernels_are_chosen_for_a_tpu():
+    q = struct(1, 256, 2, 128, dtype=jnp.bfloat16)
+    record = compile_record(lambda q: attention(q, q, q, AttentionMask(causal=True)), q, topology=tpu_topology("v6e"))
+    assert [(choice.op, choice.platform) for choice in record.choices] == [("attention", "tpu")]
+    assert record.row()["implementation/attention"] == record.choices[0].used
+
+
+def test_a_program_too_large_for_the_chip_is_a_row():
+    def sort(x):
+        return jnp.sort(x, 0) + 1
+
+    record = compile_record(sort, struct(2**16, 2**18), topology=tpu_topology("v6e"))
+    assert record.refusal.stage == "compile"
+    assert "exceeds available HBM (31.24G)" in record.refusal.sentence
+    row = record.row()
+    assert row["unsupported"] == record.refusal.sentence
+    assert row["stablehlo_lines"] > 0
+    assert "compile_seconds" not in row
+    assert "unsupported: compile raised JaxRuntimeError: RESOURCE_EXHAUSTED" in str(record)
+
+
+def kernel(body):
+    return lambda x: pl.pallas_call(body, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
+
+
+def test_a_kernel_too_large_for_vmem_is_a_row():
+    def copy_a_corner(x_ref, out_ref):
+        out_ref[:8, :128] = x_ref[:8, :128]
+
+    record = compile_record(kernel(copy_a_corner), struct(4096, 65536), topology=tpu_topology("v5p"))
+    assert record.refusal.stage == "compile"
+    assert "(size=1073741824) would exceed memory (size=67108864)" in record.refusal.sentence
+
+
+def test_a_kernel_that_does_not_lower_is_a_row():
+    def sort(x_ref, out_ref):
+        out_ref[...] = jnp.sort(x_ref[...])
+
+    record = compile_record(kernel(sort), struct(8, 128), topology=tpu_topology("v5p"))
+    assert (record.refusal.stage, record.refusal.error) == ("lower", "NotImplementedError")
+    assert "Unimplemented primitive in Pallas TPU lowering for tc: sort" in record.refusal.sentence
+    assert set(record.row()) & {"trace_seconds", "lower_seconds", "compile_seconds"} == {"trace_seconds"}
+
+
+def test_a_kernels_own_refusal_is_a_row_and_a_callers_mistake_is_not():
+    def refuses(x):
+        raise dispatch.UnsupportedError("attention: head_dim=3 is too odd.\nMore about it.")
+
+    record = compile_record(refuses, struct(8), topology=tpu_topology("v6e"))
+    assert record.refusal == Refusal("trace", "UnsupportedError", "attention: head_dim=3 is too odd.")
+    with pytest.raises(TypeError, match="dot_general requires contracting dimensions to have the same shape"):
+        compile_record(lambda x: x @ x, struct(8, 7), topology=tpu_topology("v6e"))
+
+
+def test_a_compilation_cache_is_warned_of(monkeypatch, caplog):
+    monkeypatch.setattr(type(jax.config), "jax_compilation_cache_dir", property(lambda config: "/some/where"))
+    compile_record(lambda x: x + 1, struct(8), topology=tpu_topology("v6e"))
+    assert "jax_compilation_cache_dir is /some/where: compile seconds may be" in caplog.text
+
+
+def test_a_batch_that_does_not_divide_over_the_devices():
+    config = step.template("base", trainer={"batch_size": 6})
+    with pytest.raises(ValueError, match="batch_size=6 is not a multiple of the 4 devices of v6e:2x2"):
+        step.step_record("base", config, tpu_topology("v6e"))
+
+
+def test_a_variants_step_compiles_from_shapes_alone():
+    sizes = {"num_layers": 1, "hidden_dim": 128, "intermediate_dim": 128, "num_heads": 1, "num_kv_heads": 1}
+    sizes |= {"head_dim": 128, "vocab_size": 256, "max_seq_len": 128}
+    config = step.template("array_stacked", model=sizes, trainer={"batch_size": 4, "seq_len": 128, "ema_beta": 0.9})
+    record = step.step_record("array_stacked", config, tpu_topology("v6e"))
+    arguments = record.hbm.arguments
+    assert set(arguments) == {"parameters", "optimizer", "ema", "batch", "other", "padding"}
+    assert arguments["parameters"] == arguments["ema"]
+    assert arguments["optimizer"] == pytest.approx(2 * arguments["parameters"], rel=0.01)
+    assert {choice.op for choice in record.choices} == {"attention", "cross_entropy"}
+
+
+def test_the_command_compiles_what_it_was_asked_for(monkeypatch, capsys):
+    def fake(variant, config, topology):
+        refusal = f"{variant} {config.model.num_layers} {config.trainer.batch_size} {config.trainer.seq_len}"
+        return Record(topology, refusal=Refusal("compile", "Error", refusal))
+
+    monkeypatch.setattr(step, "step_record", fake)
+    monkeypatch.setattr("sys.argv", ["step", "base", "v5p", "--num-layers", "7", "--batch-size", "8"])
+    step.main()
+    assert "unsupported: compile raised Error: base 7 8 4096" in capsys.readouterr().out
+
+
+def test_the_command_says_what_is_wrong_without_a_traceback(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["step", "base", "v9"])
+    with pytest.raises(SystemExit):
+        step.main()
+    assert "'v9' is no TPU that can be compiled for" in capsys.readouterr().err
