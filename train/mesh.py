@@ -20,7 +20,8 @@ def create_mesh(
       ValueError: the axes do not divide the devices, or the batch does not divide over ("replica_dcn", "data").
     """
     import jax
-    from jax.sharding import AxisType
+    from jax.experimental import mesh_utils
+    from jax.sharding import AxisType, Mesh
 
     devices = jax.device_count()
     others = replica_dcn * context * expert * model
@@ -36,4 +37,6 @@ def create_mesh(
             f" {replica_dcn * data} ({devices} devices). Each of these takes an equal share of the batch: choose a"
             f" multiple of {replica_dcn * data}, or fewer devices."
         )
-    return jax.make_mesh((replica_dcn, data, context, expert, model), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    # An axis may lie along part of a physical one: unless they may be split, 2 x 4 x 2 over a 4 x 4 slice is refused.
+    placed = mesh_utils.create_device_mesh((replica_dcn, data, context, expert, model), allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
