@@ -37,11 +37,11 @@ def bench_train_step(benchmark):
                     compiled = compile_timed(train_step, state, batch)
             else:
                 compiled = compile_timed(train_step, state, batch)
-            rows[name] = compiled.row()
+            rows[name] = compiled.row() | {"tokens": batch.tokens.size}
             calls[name] = repeated(compiled, state, batch)
             jax.block_until_ready(calls[name]())
     medians = interleaved(calls, ROUNDS)
-    tokens = batch.tokens.size
+    tokens = rows["base"]["tokens"]
     benchmark.extra_info |= rows["base"] | {
         "levanter_over_ours/base": medians["levanter_base"] / medians["base"],
         "levanter_over_ours/array_stacked": medians["levanter_array_stacked"] / medians["array_stacked"],

@@ -29,9 +29,9 @@ class GrugTrainerConfig:
     # Start from this directory's newest checkpoint instead of the run's own.
     load_checkpoint_path: str | None = None
     # Peak TFLOP/s of one device, for MFU, where this project does not know the device.
-    peak_tflops: float | None = None
+    peak_tflops: Annotated[float | None, tyro.conf.arg(aliases=["--peak-tflops"])] = None
     # A kernel that refuses and is replaced by a slower one is an error, not a warning.
-    require_kernels: bool = False
+    require_kernels: Annotated[bool, tyro.conf.arg(aliases=["--require-kernels"])] = False
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "seq_len", "model_axis", "log_every"):

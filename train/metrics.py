@@ -17,6 +17,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
 from train import lev
+from train.rundir import flat
 
 if TYPE_CHECKING:
     from grug_kernels.chips import Peak
@@ -84,7 +85,7 @@ class RunTracker:
 def start_tracker(
     run_dir: Path | str,
     run_id: str,
-    config: Mapping[str, Any],
+    config: dict[str, Any],
     where: TrackerConfig = TrackerConfig(),
 ) -> RunTracker:
     """Opens the trackers of a run and logs `config` to each. A run that goes on appends to its metrics file.
@@ -113,7 +114,7 @@ def start_tracker(
     if use_wandb:
         members += _wandb_trackers(run_dir, run_id, required=where.wandb == "on")
     tracker = lev.CompositeTracker(members)
-    tracker.log_hyperparameters(_flat(config))
+    tracker.log_hyperparameters({name: _plain(value) for name, value in flat(config).items()})
     return RunTracker(tracker, handler)
 
 
@@ -166,15 +167,9 @@ def _wandb_trackers(run_dir: Path, run_id: str, *, required: bool) -> list:
         return []
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model": {"hidden_dim": 64}} as {"model.hidden_dim": 64}: TensorBoard takes no nested values, nor lists."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value if isinstance(value, bool | int | float | str) else str(value)
-    return flat
+def _plain(value: Any) -> bool | int | float | str:
+    """TensorBoard takes no lists, nor None."""
+    return value if isinstance(value, bool | int | float | str) else str(value)
 
 
 class Meter:

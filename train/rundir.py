@@ -108,7 +108,7 @@ def _say_what_changed(run: RunDir, config: Any, began: dict[str, Any]) -> None:
         return
     if config.run_id and not run.run_id.startswith(config.run_id):
         say(f"warning: {run.path} is the folder of {run.run_id}, which keeps its name: not {config.run_id}.")
-    old, new = _flat(_versioned(began["config"])), _flat(_versioned(as_dict(config)))
+    old, new = flat(_versioned(began["config"])), flat(_versioned(as_dict(config)))
     for name in sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)):
         say(f"warning: {run.run_id} goes on with {name} = {new.get(name)}; it was {old.get(name)} when the run began.")
 
@@ -155,11 +155,12 @@ def _versioned(config: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model": {"hidden_dim": 64}} as {"model.hidden_dim": 64}."""
+    leaves: dict[str, Any] = {}
     for name, value in config.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+        leaves |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return leaves
 
 
 def as_dict(config: Any) -> dict[str, Any]:

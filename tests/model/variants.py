@@ -5,11 +5,12 @@ import dataclasses
 import importlib
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+
+from bench.laptop import Example, Mask
 
 FOLDER = Path(__file__).parent.parent.parent / "grug_model"
 VARIANTS = sorted(folder.parent.name for folder in FOLDER.glob("*/launch.py"))
@@ -26,20 +27,6 @@ TINY = {
     "max_seq_len": 32,
     "compute_dtype": "float32",
 }
-
-
-class Mask(NamedTuple):
-    """What Levanter's mask holds: segment ids of queries and of keys."""
-
-    segment_ids: tuple[jax.Array, jax.Array]
-
-
-class Example(NamedTuple):
-    """The fields of Levanter's GrugLmExample, without its nine seconds of import."""
-
-    tokens: jax.Array
-    loss_weight: jax.Array
-    attn_mask: Mask
 
 
 def part(variant: str, name: str) -> ModuleType:
