@@ -11,11 +11,12 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
+from grug_kernels.mfu import TokenFlops, utilisation
 from train import lev
 from train.rundir import flat
 
@@ -181,10 +182,11 @@ class Meter:
     meanwhile, and subtracting it would report more speed than there is. So log_every=1 times each step by itself.
 
     throughput/loading_time and throughput/hook_time are seconds per step spent there, whether hidden or not.
-    throughput/mfu = 100 * flops_per_example * examples_per_second / (peak * device_count).
+    throughput/mfu = 100 * flops_per_example * examples_per_second / (peak * device_count); throughput/mfu_causal counts
+    the keys that a causal mask leaves: see `grug_kernels.mfu`.
 
     Args:
-      batch_size: sequences per step, over all devices.   flops_per_token: forward and backward.
+      batch_size: sequences per step, over all devices.   flops: of one token, `flops_per_token(seq_len)` of the model.
       peak: of one device; None where nobody knows it: then there is no throughput/mfu, and a warning says so.
       start_step: completed steps that this process found done.
     """
@@ -196,7 +198,7 @@ class Meter:
         total_steps: int,
         batch_size: int,
         seq_len: int,
-        flops_per_token: float,
+        flops: TokenFlops,
         peak: "Peak | None",
         log_every: int = 10,
         start_step: int = 0,
@@ -207,14 +209,14 @@ class Meter:
             raise ValueError(f"Meter: log_every={log_every}, expected at least 1 step between log rows.")
         self.last: dict[str, float] = {}  # the newest logged row, for the progress bar
         self._tracker, self._total_steps, self._log_every = tracker, total_steps, log_every
-        self._batch_size, self._seq_len, self._flops_per_example = batch_size, seq_len, flops_per_token * seq_len
+        self._batch_size, self._seq_len, self._flops = batch_size, seq_len, flops
         self._peak_flops = peak.flops_per_second * jax.device_count() if peak else None
         self._pending: list[tuple[int, Mapping[str, Any]]] = []
         self._newest_step = start_step
         self._loading_seconds = self._hook_seconds = self._hooks_mark = 0.0
         self._window_start = perf_counter()
         tracker.log_summary({"run/start_step": start_step, "run/total_steps": total_steps})
-        tracker.log_summary(_constants(self._flops_per_example, seq_len, peak))
+        tracker.log_summary(_constants(flops, seq_len, peak))
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
@@ -293,19 +295,21 @@ class Meter:
     def _throughput(self, step: int, steps: int, seconds: float) -> dict[str, float]:
         """The metrics of a window of `steps` steps that ended with `step` and took `seconds`."""
         examples_per_second = self._batch_size * steps / seconds
-        flops_per_second = self._flops_per_example * examples_per_second
+        tokens_per_second = examples_per_second * self._seq_len
+        total_tokens = step * self._batch_size * self._seq_len
         window = {
             "duration": seconds / steps,
             "examples_per_second": examples_per_second,
-            "tokens_per_second": examples_per_second * self._seq_len,
-            "total_tokens": step * self._batch_size * self._seq_len,
-            "gflops_per_second": flops_per_second / 1e9,
-            "total_gflops": step * self._batch_size * self._flops_per_example / 1e9,
+            "tokens_per_second": tokens_per_second,
+            "total_tokens": total_tokens,
+            "gflops_per_second": tokens_per_second * self._flops.training / 1e9,
+            "total_gflops": total_tokens * self._flops.training / 1e9,
             "loading_time": self._loading_seconds / steps,
             "hook_time": self._hook_seconds / steps,
         }
         if self._peak_flops:
-            window["mfu"] = 100 * flops_per_second / self._peak_flops
+            percent = utilisation(self._flops, tokens_per_second, self._peak_flops)
+            window |= {"mfu": percent["mfu"], "mfu_causal": percent["mfu_causal"]}
         return {f"throughput/{name}": value for name, value in window.items()}
 
     def _check(self, step: int, row: Mapping[str, Any]) -> None:
@@ -316,15 +320,18 @@ class Meter:
                 raise error
 
 
-def _constants(flops_per_example: float, seq_len: int, peak: "Peak | None") -> dict[str, Any]:
+def _constants(flops: TokenFlops, seq_len: int, peak: "Peak | None") -> dict[str, Any]:
     """What `throughput/mfu` is made of, logged once."""
     import jax
 
     kind, count = jax.devices()[0].device_kind, jax.device_count()
     constants = {
-        "flops_per_token_analytic": flops_per_example / seq_len,
-        "flops_per_example_analytic": flops_per_example,
-        "flops_per_example": flops_per_example,
+        "flops_per_token_analytic": flops.training,
+        "flops_per_example_analytic": flops.training * seq_len,
+        "flops_per_example": flops.training * seq_len,
+        "flops_per_token_causal": flops.training_causal,
+        "flops_per_token_executed": flops.executed,
+        **{f"flops_per_token/{component}": value for component, value in asdict(flops).items()},
         "device_kind": kind,
         "device_count": count,
     }

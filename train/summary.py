@@ -159,14 +159,18 @@ def _throughput(history: History) -> dict[str, Any] | None:
         return None
     examples_per_second, summary = median(windows), history.summary
     flops, peak = summary["throughput/flops_per_example"], summary.get("throughput/theoretical_flops")
+    per_token = {count: summary[f"throughput/flops_per_token_{count}"] for count in ("analytic", "causal", "executed")}
+    tokens_per_second = examples_per_second * flops / per_token["analytic"]
     return {
         "windows": len(windows),
         "examples_per_second": examples_per_second,
-        "tokens_per_second": examples_per_second * flops / summary["throughput/flops_per_token_analytic"],
+        "tokens_per_second": tokens_per_second,
         "flops_per_example": flops,
         "peak_flops_per_second": peak,
         "peak_source": summary.get("throughput/peak_source"),
         "mfu_percent": 100 * flops * examples_per_second / peak if peak else None,
+        "mfu_causal_percent": 100 * per_token["causal"] * tokens_per_second / peak if peak else None,
+        "hfu_percent": 100 * per_token["executed"] * tokens_per_second / peak if peak else None,
     }
 
 
@@ -244,6 +248,8 @@ def mfu_text(facts: Mapping[str, Any]) -> str:
     return (
         f"{throughput['mfu_percent']:.1f} % = {si(throughput['flops_per_example'])} FLOP per example"
         f" × {throughput['examples_per_second']:.4g} examples/s / ({devices}){doubt}\n"
+        f"{throughput['mfu_causal_percent']:.1f} % without the keys that a causal mask hides,"
+        f" {throughput['hfu_percent']:.1f} % with what is computed twice\n"
         f"peak of one {facts['device_kind']}: {throughput['peak_source']}"
     )
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from grug_kernels.attention import AttentionMask, attention
 from grug_kernels.cross_entropy import linear_cross_entropy, token_losses
+from grug_kernels.mfu import TokenFlops
 from grug_kernels.stacked import ArrayStacked
 
 BATCH = ("replica_dcn", "data")
@@ -61,16 +62,25 @@ class GrugModelConfig:
         if self.compute_dtype not in ("bfloat16", "float32"):
             raise ValueError(f"GrugModelConfig: compute_dtype={self.compute_dtype!r}; choose bfloat16 or float32.")
 
-    def flops_per_token(self, seq_len: int) -> dict[str, int]:
-        """Forward FLOPs of one token, by component; one multiply-add is 2. Attention counts all seq_len keys, as
-        Levanter does: a causal kernel needs half of it."""
+    def flops_per_token(self, seq_len: int) -> "TokenFlops":
+        """FLOPs of one token of a row of seq_len, by component."""
         d, n, k, h = self.hidden_dim, self.num_heads, self.num_kv_heads, self.head_dim
-        return {
-            "projections": self.num_layers * 2 * d * h * (2 * n + 2 * k),
-            "attention": self.num_layers * 4 * seq_len * n * h,
-            "mlp": self.num_layers * 6 * d * self.intermediate_dim,
-            "head": 2 * d * self.vocab_size,
-        }
+        projections = self.num_layers * 2 * d * h * (2 * n + 2 * k)
+        attention = self.num_layers * 4 * seq_len * n * h
+        causal = attention * (seq_len + 1) / 2 / seq_len
+        mlp = self.num_layers * 6 * d * self.intermediate_dim
+        # A layer that runs again stops short of w_down, whose output no gradient asks for.
+        layers_again = 0 if self.remat == "none" else projections + 2 / 3 * mlp
+        attention_again = causal if self.remat == "full" else 0
+        return TokenFlops(
+            projections=projections,
+            attention=attention,
+            softmax=self.num_layers * 3 * seq_len * n,
+            attention_causal=causal,
+            mlp=mlp,
+            head=2 * d * self.vocab_size,
+            recompute=layers_again + attention_again + causal / 2,
+        )
 
 
 def init_weight(key: PRNGKeyArray, shape: tuple[int, ...], *, fan_in: int, spec: P) -> Array:

@@ -181,7 +181,7 @@ def train(
         total_steps=trainer.steps,
         batch_size=batch_size,
         seq_len=seq_len,
-        flops_per_token=3 * sum(config.model.flops_per_token(seq_len).values()),
+        flops=config.model.flops_per_token(seq_len),
         peak=peak_of_device(trainer.peak_tflops),
         log_every=trainer.log_every,
         start_step=start,

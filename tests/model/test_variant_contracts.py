@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from tests.model.variants import VARIANTS, abstract_batch, part, random_batch, tiny_config, tiny_trainer
+from tests.model.variants import VARIANTS, abstract_batch, one_device, part, random_batch, tiny_config, tiny_trainer
 from train.mesh import AXES, create_mesh
 from train.optimizer import GrugOptimizerConfig
 
@@ -21,11 +21,6 @@ TRAINER = tiny_trainer()
 def mesh():
     """data=4, model=2."""
     return create_mesh(8, model=2)
-
-
-def one_device():
-    """Compiles in half the time: for what does not depend on the mesh."""
-    return jax.make_mesh((1,) * 5, AXES, axis_types=(AxisType.Explicit,) * 5, devices=jax.devices()[:1])
 
 
 @functools.cache  # and with it what jit has compiled, which is where the time goes

@@ -10,11 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from grug_kernels.mfu import TokenFlops
 from train import lev, metrics
 from train.metrics import METRICS_FILE, Meter, NonFiniteLossError, TrackerConfig, start_tracker
 
 PEAK = SimpleNamespace(flops_per_second=1e6, source="a table", is_measured=False)
-BATCH, SEQ, FLOPS = 8, 16, 100.0
+BATCH, SEQ = 8, 16
+FLOPS = TokenFlops(projections=10, attention=6, softmax=2, attention_causal=2, mlp=8, head=4, recompute=5)
 
 
 class Rows:
@@ -67,7 +69,7 @@ def device(monkeypatch):
 
 
 def new_meter(**changes):
-    given = {"total_steps": 40, "batch_size": BATCH, "seq_len": SEQ, "flops_per_token": FLOPS, "peak": PEAK} | changes
+    given = {"total_steps": 40, "batch_size": BATCH, "seq_len": SEQ, "flops": FLOPS, "peak": PEAK} | changes
     tracker = Rows()
     return tracker, Meter(tracker, **given)
 
@@ -153,12 +155,13 @@ def test_throughput_is_what_the_names_say(device):
     assert row["throughput/examples_per_second"] == pytest.approx(0.8)
     assert row["throughput/tokens_per_second"] == pytest.approx(0.8 * SEQ)
     assert row["throughput/total_tokens"] == 30 * BATCH * SEQ
-    assert row["throughput/gflops_per_second"] == pytest.approx(0.8 * SEQ * FLOPS / 1e9)
-    assert row["throughput/total_gflops"] == pytest.approx(30 * BATCH * SEQ * FLOPS / 1e9)
-    assert row["throughput/mfu"] == pytest.approx(100 * 0.8 * SEQ * FLOPS / (1e6 * jax.device_count()))
-    assert tracker.summary["throughput/flops_per_token_analytic"] == FLOPS
-    assert tracker.summary["throughput/flops_per_example_analytic"] == FLOPS * SEQ
-    assert tracker.summary["throughput/flops_per_example"] == FLOPS * SEQ
+    assert row["throughput/gflops_per_second"] == pytest.approx(0.8 * SEQ * FLOPS.training / 1e9)
+    assert row["throughput/total_gflops"] == pytest.approx(30 * BATCH * SEQ * FLOPS.training / 1e9)
+    assert row["throughput/mfu"] == pytest.approx(100 * 0.8 * SEQ * FLOPS.training / (1e6 * jax.device_count()))
+    assert row["throughput/mfu_causal"] == pytest.approx(row["throughput/mfu"] * 24 / 30)
+    assert tracker.summary["throughput/flops_per_token_analytic"] == FLOPS.training
+    assert tracker.summary["throughput/flops_per_example_analytic"] == FLOPS.training * SEQ
+    assert tracker.summary["throughput/flops_per_example"] == FLOPS.training * SEQ
     assert tracker.summary["throughput/device_kind"] == jax.devices()[0].device_kind
     assert tracker.summary["throughput/theoretical_flops_per_device"] == 1e6
     assert tracker.summary["throughput/theoretical_flops"] == 1e6 * jax.device_count()

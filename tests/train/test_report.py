@@ -57,6 +57,8 @@ def write_events(run_dir, events, tail=""):
 CONSTANTS = summary_event(
     throughput__flops_per_example=1.6e6,
     throughput__flops_per_token_analytic=1e5,
+    throughput__flops_per_token_causal=8e4,
+    throughput__flops_per_token_executed=1.1e5,
     throughput__device_kind="cpu",
     throughput__device_count=2,
     throughput__theoretical_flops=2e9,
@@ -166,6 +168,9 @@ def test_the_summary_says_what_came_of_the_run(tmp_path):
     assert "4.930 from the frequencies of bytes, 3.310 from the frequencies of tokens" in " ".join(text.split())
     assert "1.92k, median of 3 windows" in text  # 120 examples/s x 16 tokens; the window of step 10 compiles
     assert "9.6 % = 1.6M FLOP per example × 120 examples/s / (1G FLOP/s × 2 devices)" in text
+    assert "7.7 % without the keys that a causal mask hides, 10.6 % with what is computed twice" in " ".join(
+        text.split()
+    )
     assert "peak of one cpu: measured on this machine" in text
     assert "attention: auto → xla (refused: pallas_tpu: this is a cpu)" in text
     for expected in ("4.2 s", "2 min 13 s", ENDING.checkpoint, ENDING.resume_command, "report.html"):

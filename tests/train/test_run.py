@@ -22,6 +22,7 @@ EVERY_STEP = {
 EVERY_WINDOW = {
     *("throughput/duration", "throughput/examples_per_second", "throughput/tokens_per_second"),
     *("throughput/total_tokens", "throughput/gflops_per_second", "throughput/total_gflops", "throughput/mfu"),
+    "throughput/mfu_causal",
     *("throughput/hook_time", "throughput/loading_time"),
     *("mixture/stage", "mixture/weight/prose", "mixture/weight/code"),
 }
@@ -38,6 +39,9 @@ WHOLE_RUN = {
     "throughput/flops_per_token_analytic",
     "throughput/flops_per_example_analytic",
     "throughput/flops_per_example",
+    "throughput/flops_per_token_causal",
+    "throughput/flops_per_token_executed",
+    *(f"throughput/flops_per_token/{name}" for name in ("projections", "attention", "attention_causal", "mlp", "head")),
     "throughput/device_kind",
     "throughput/theoretical_flops_per_device",
     "throughput/theoretical_flops",

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The FLOPs that MFU counts are those of the traced training step, matmul by matmul."""
+
+from unittest import mock
+
+import jax
+import pytest
+
+from grug_kernels import dispatch
+from grug_kernels.attention import AttentionMask
+from grug_kernels.mfu import TokenFlops
+from tests.matmul_flops import matmul_flops
+from tests.model.variants import VARIANTS, one_device, part, random_batch, tiny_config
+
+BATCH_SIZE, SEQ_LEN = 8, 16
+PLAIN = {op: {"cpu": ("reference",)} for op in dispatch.ORDER}
+
+
+def traced_flops_per_token(variant: str, cfg) -> float:
+    """Of the loss with its gradients, in plain jnp, whose attention counts every key."""
+    with jax.set_mesh(one_device()), mock.patch.dict(dispatch.ORDER, PLAIN):
+        params = part(variant, "model").Transformer.init(cfg, key=jax.random.key(0))
+        batch = random_batch(BATCH_SIZE, SEQ_LEN)
+
+        def loss(params):
+            return params.next_token_loss(batch.tokens, batch.loss_weight, AttentionMask(causal=True))[0]
+
+        return matmul_flops(jax.make_jaxpr(jax.grad(loss))(params)) / (BATCH_SIZE * SEQ_LEN)
+
+
+def matmuls(flops: TokenFlops) -> float:
+    return flops.training - 3 * flops.softmax
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 4])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_flops_are_those_of_the_traced_step(variant, num_kv_heads):
+    cfg = tiny_config(variant, remat="none", num_kv_heads=num_kv_heads)
+    assert traced_flops_per_token(variant, cfg) == matmuls(cfg.flops_per_token(SEQ_LEN))
+
+
+@pytest.mark.parametrize("remat", ["full", "save_attention"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_recomputed_layers_are_those_of_the_traced_step(variant, remat):
+    cfg = tiny_config(variant, remat=remat)
+    flops = cfg.flops_per_token(SEQ_LEN)
+    # Plain attention keeps its scores within a layer, has no name that a policy could save, and sees every key.
+    blockwise = flops.attention_causal / 2 + (flops.attention_causal if remat == "full" else 0)
+    recompute = flops.recompute - blockwise + flops.attention
+    assert traced_flops_per_token(variant, cfg) == pytest.approx(matmuls(flops) + recompute, rel=1e-12)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_count_is_levanters(variant):
+    from levanter.utils.flop_utils import lm_flops_per_token
+
+    cfg = tiny_config(variant)
+    names = ("hidden_dim", "intermediate_dim", "num_layers", "num_kv_heads", "num_heads", "vocab_size")
+    levanter = lm_flops_per_token(**{name: getattr(cfg, name) for name in names}, seq_len=SEQ_LEN, glu=True)
+    assert cfg.flops_per_token(SEQ_LEN).training == pytest.approx(3 * levanter)
+
+
+def test_a_causal_query_sees_half_of_the_keys_and_itself():
+    flops = tiny_config("base", num_layers=1).flops_per_token(3)
+    assert flops.attention_causal == pytest.approx(flops.attention * (1 + 2 + 3) / 9)
