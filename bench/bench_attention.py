@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention, forward and with gradients: the blockwise implementation beside the plain definition."""
+"""Attention: timed on this machine beside the plain definition; predicted for TPUs beside peers at their best."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from bench.shapes import CPU_ATTENTION
+from bench.ahead import every, tell, told
+from bench.peers import attention as peers
+from bench.shapes import CPU_ATTENTION, TPU_ATTENTION, TPU_CHIPS, named
 from bench.timing import compile_timed, run
+from bench.tpu.rows import predicted_row
 from grug_kernels.attention import AttentionMask, attention
 
 
@@ -28,6 +31,7 @@ def bench_attention(benchmark, shape, implementation, passes):
     def with_gradients(q, k, v):
         return jax.grad(lambda *qkv: jnp.sum(forward(*qkv) ** 2), argnums=(0, 1, 2))(q, k, v)
 
+    benchmark.group = f"attention {shape}, {passes}"
     args = inputs(shape)
     function, units = (forward, 1.0) if passes == "forward" else (with_gradients, 3.5)
     compiled = compile_timed(function, *args)
@@ -36,6 +40,28 @@ def bench_attention(benchmark, shape, implementation, passes):
         compiled,
         args,
         flops=units * shape.forward_flops / 2,
+        op="attention",
+        passes=passes,
         implementation=implementation,
         shape=str(shape),
     )
+
+
+def row(chip: str, shape: str, passes: peers.Passes, implementation: str):
+    """Causal: half of the scores. The backward pass makes them again, and two matmuls for each of forward's."""
+    sizes = named(TPU_ATTENTION, shape)
+    function, args = peers.attention_case(implementation, sizes, passes, chip)
+    flops = sizes.forward_flops / 2 * (1 if passes == "forward" else 2.5)
+    blocks = peers.block_sizes_of(implementation, sizes, passes, chip)
+    facts = {"op": "attention", "passes": passes, "implementation": implementation, "shape": shape}
+    return predicted_row(function, args, chip, flops=flops, block_sizes=str(blocks), **facts)
+
+
+@pytest.mark.benchmark(timer=told)
+@pytest.mark.parametrize("passes", ["forward", "backward"])
+@pytest.mark.parametrize("implementation", ["jax_splash", "tokamax_splash", "levanter_grug"])
+@pytest.mark.parametrize("shape", every(TPU_ATTENTION))
+@pytest.mark.parametrize("chip", TPU_CHIPS)
+def bench_attention_on_tpu(benchmark, ahead, chip, shape, implementation, passes):
+    benchmark.group = f"attention {shape}, {passes}, {chip}"
+    tell(benchmark, ahead())

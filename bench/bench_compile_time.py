@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long libtpu takes to compile a training step as the model gets deeper, unrolled and stacked.
 
-The time of a row is that of two chips compiled side by side, processes started included; the compiler's own seconds are
-in `extra_info`.
+The time of a row is the compiler's CPU seconds, all cores together: they stay put when others use the machine.
 """
 
 import pytest
 
-from bench.tpu.depths import DEPTHS, VARIANTS, depth_row
-from bench.tpu.topology import LIBTPU_IS_MISSING, has_libtpu
+from bench.ahead import tell, told
+from bench.tpu.depths import CHIPS, DEPTHS, VARIANTS, row
 
-pytestmark = pytest.mark.skipif(not has_libtpu(), reason=LIBTPU_IS_MISSING)
+__all__ = ["row"]  # for `ahead`
 
 
+@pytest.mark.benchmark(timer=told)
+@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("num_layers", DEPTHS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def bench_compile_time(benchmark, variant, num_layers):
-    benchmark.extra_info |= benchmark.pedantic(depth_row, args=(variant, num_layers), rounds=1)
+def bench_compile_time(benchmark, ahead, chip, variant, num_layers):
+    benchmark.group = f"compile a training step for {chip}"
+    tell(benchmark, ahead())

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a training step takes of each chip's memory, by what it is for, and what its devices send each other.
 
-The time of a row means nothing: nearly none where `bench_compile_time.py` has just compiled the same step.
+Of the same compiles as `bench_compile_time.py`, whose seconds are these rows' times too.
 """
 
 import pytest
 
-from bench.tpu.depths import DEPTHS, VARIANTS, depth_row
-from bench.tpu.topology import LIBTPU_IS_MISSING, has_libtpu
+from bench.ahead import tell, told
+from bench.tpu.depths import CHIPS, DEPTHS, VARIANTS, row
 
-pytestmark = pytest.mark.skipif(not has_libtpu(), reason=LIBTPU_IS_MISSING)
+__all__ = ["row"]  # for `ahead`
 
 
+@pytest.mark.benchmark(timer=told)
+@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("num_layers", DEPTHS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def bench_hbm(benchmark, variant, num_layers):
-    benchmark.extra_info |= benchmark.pedantic(depth_row, args=(variant, num_layers), rounds=1)
+def bench_hbm(benchmark, ahead, chip, variant, num_layers):
+    benchmark.group = f"memory of a training step on {chip}"
+    tell(benchmark, ahead())

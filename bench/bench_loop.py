@@ -12,7 +12,7 @@ from bench.laptop import laptop_step
 from bench.timing import compile_timed
 from train.summary import read_history
 
-STEPS, LOG_EVERY, BLOCKS = 50, 10, 3
+STEPS, LOG_EVERY, BLOCKS = 30, 10, 3
 
 
 def bare_seconds(compiled, state, batch) -> tuple[float, object]:

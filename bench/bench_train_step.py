@@ -3,9 +3,9 @@
 
 import jax
 
-from bench.laptop import laptop_step
+from bench.laptop import laptop_step, repeated
 from bench.levanter_grug import in_place_of_ours
-from bench.timing import Compiled, compile_timed, interleaved
+from bench.timing import compile_timed, interleaved
 
 ROUNDS = 15
 # Each of ours beside the same model, unrolled or stacked alike, with Levanter's attention and loss in it.
@@ -15,17 +15,6 @@ CASES = {
     "array_stacked": "array_stacked",
     "levanter_array_stacked": "array_stacked",
 }
-
-
-def repeated(compiled: Compiled, state, batch):
-    """A call that takes one step further each time it is made."""
-
-    def step():
-        nonlocal state
-        state, metrics = compiled.call(state, batch)
-        return metrics
-
-    return step
 
 
 def bench_train_step(benchmark):

@@ -4,3 +4,7 @@
 import os
 
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+from bench.ahead import ahead, pytest_collection_modifyitems, rows
+
+__all__ = ["ahead", "pytest_collection_modifyitems", "rows"]

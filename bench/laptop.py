@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from bench.timing import Compiled
 from train.mesh import create_mesh
 
 
@@ -48,3 +49,14 @@ def random_batch(batch_size: int, seq_len: int, vocab_size: int) -> Example:
     tokens = jax.device_put(tokens, P(("replica_dcn", "data"), None))
     segments = jnp.zeros_like(tokens)
     return Example(tokens, jnp.ones_like(tokens, jnp.float32), Mask((segments, segments)))
+
+
+def repeated(compiled: Compiled, state, batch):
+    """A call that takes one step further each time it is made."""
+
+    def step():
+        nonlocal state
+        state, metrics = compiled.call(state, batch)
+        return metrics
+
+    return step

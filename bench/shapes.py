@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shapes that are measured: those of real models, and of the laptop preset for machines without an accelerator."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class LossShape:
         return 2.0 * self.tokens * self.hidden_dim * self.vocab_size
 
 
+# Small enough to be timed on two CPU cores.
 CPU_ATTENTION = (
     AttentionShape("laptop", 8, 256, 8, 4, 32),
     AttentionShape("1x2048", 1, 2048, 8, 2, 64),
@@ -46,3 +49,22 @@ CPU_LOSS = (
     LossShape("laptop", 2048, 256, 4096),
     LossShape("1024x512x32000", 1024, 512, 32_000),
 )
+
+# What is trained: compiled for TPUs, in full by `pytest bench -m long`, the first of each list in every run.
+TPU_ATTENTION = (
+    AttentionShape("1x4096x16x128", 1, 4096, 16, 16, 128),
+    AttentionShape("1x8192x32/8x128", 1, 8192, 32, 8, 128),  # Llama-3 8B
+    AttentionShape("2x8192x32/8x64", 2, 8192, 32, 8, 64),  # Llama-3.2 1B
+    AttentionShape("2x8192x8x256", 2, 8192, 8, 8, 256),
+)
+TPU_LOSS = (
+    LossShape("4096x768x50257", 4096, 768, 50_257),  # GPT-2
+    LossShape("8192x2048x128256", 8192, 2048, 128_256),  # Llama-3.2 1B
+    LossShape("16384x4096x128256", 16_384, 4096, 128_256),  # Llama-3 8B
+    LossShape("32768x2560x262144", 32_768, 2560, 262_144),  # Gemma-3 4B
+)
+TPU_CHIPS = ("v5p", "v6e")
+
+
+def named(shapes: Sequence[Any], name: str) -> Any:
+    return next(shape for shape in shapes if str(shape) == name)

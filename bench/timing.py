@@ -25,6 +25,7 @@ class Compiled:
     def row(self) -> dict[str, Any]:
         device = jax.devices()[0]
         return {
+            "basis": "measured",
             "device": device.device_kind,
             "devices": jax.device_count(),
             "trace_seconds": self.trace_seconds,
