@@ -52,9 +52,9 @@ def every(shapes: Sequence[Any]) -> list[Any]:
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     """What is timed comes first: compiling beside it would slow it. What is long is left to `-m long`."""
-    items.sort(key=lambda item: "ahead" in item.fixturenames)
-    if not config.getoption("markexpr"):
-        long = [item for item in items if item.get_closest_marker("long")]
+    items.sort(key=lambda item: "ahead" in getattr(item, "fixturenames", ()))
+    long = [item for item in items if item.get_closest_marker("long")]
+    if long and not config.getoption("markexpr"):
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]
 

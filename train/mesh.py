@@ -1,12 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The device mesh: five explicit axes, all always there, so that a PartitionSpec never has to ask which exist."""
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 AXES = ("replica_dcn", "data", "context", "expert", "model")
+
+
+def quiet_libtpu() -> None:
+    """Keeps an installed libtpu from asking, with a screen of warnings, which TPU a machine without one is.
+
+    To be called before the first look for devices. jax, once imported, has set TPU_SKIP_MDS_QUERY where there is no
+    TPU; then any answer will do.
+    """
+    import jax  # noqa: F401
+
+    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 def create_mesh(
@@ -23,6 +37,7 @@ def create_mesh(
     from jax.experimental import mesh_utils
     from jax.sharding import AxisType, Mesh
 
+    quiet_libtpu()
     devices = jax.device_count()
     others = replica_dcn * context * expert * model
     if devices % others:

@@ -22,15 +22,12 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
 from grug_kernels import chips, dispatch
-from train.mesh import AXES
+from train.mesh import AXES, quiet_libtpu
 
-# libtpu reads these when it is loaded, which is when jax first looks for devices: importing this module comes before.
+# Read when libtpu is loaded, which is when jax first looks for devices: importing this module comes before.
 # Two processes may hold it at once: without this the second is told to delete a lock file.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":  # jax, just imported, has found no TPU in this machine
-    # Any answer will do: it is asked for, with a screen of warnings, and not used to compile ahead of time.
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+quiet_libtpu()
 
 LIBTPU_IS_MISSING = "libtpu is not installed: uv sync --extra tpu"
 

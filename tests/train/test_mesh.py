@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mesh always has its five axes; what does not divide is refused with the numbers that would."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import pytest
 from jax.sharding import AxisType
 
+from bench.tpu.topology import LIBTPU_IS_MISSING, has_libtpu
 from train.mesh import AXES, create_mesh
 
 
@@ -40,3 +45,12 @@ def test_a_batch_that_does_not_divide_is_refused():
     assert create_mesh(12, model=2).shape["data"] == 4
     with pytest.raises(ValueError, match="choose a multiple of 4"):
         create_mesh(6, replica_dcn=2, model=2)
+
+
+@pytest.mark.skipif(not has_libtpu(), reason=LIBTPU_IS_MISSING)
+def test_libtpu_keeps_quiet_on_a_machine_without_a_tpu():
+    """Once: "could not determine TPU accelerator type" and a trace of libtpu's source, before all that a run says."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "TPU_", "XLA_"))}
+    command = [sys.executable, "-c", "from train.mesh import create_mesh; create_mesh(8)"]
+    done = subprocess.run(command, env=plain, capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""

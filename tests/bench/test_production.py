@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
+
+import pytest
+
+from bench.tpu import production
+from bench.tpu.production import Outcome
+from bench.tpu.topology import LIBTPU_IS_MISSING, has_libtpu
+from grug_kernels.dispatch import UnsupportedError
+
+
+def outcome(refusal=None):
+    return Outcome("v6e, loss, huge", 1.0, 0, refusal)
+
+
+def test_a_refusal_fails_unless_it_is_listed_with_its_sentence():
+    assert outcome().failure is None
+    assert outcome("needs 18 MiB of VMEM").failure == "refused: needs 18 MiB of VMEM"
+    with mock.patch.dict(production.EXPECTED, {"v6e, loss, huge": "18 MiB"}):
+        assert outcome("needs 18 MiB of VMEM").failure is None
+        assert outcome("no such layout").failure == "refused: no such layout (expected '18 MiB')"
+        assert "take it off the list" in (outcome().failure or "")
+
+
+def test_what_is_expected_to_be_refused_is_compiled():
+    assert set(production.EXPECTED) <= set(production.names())
+
+
+def test_every_op_is_compiled_for_every_chip_at_every_shape():
+    names = list(production.names())
+    assert len(names) == len(set(names)) == 4 * sum(len(shapes) for _, shapes in production.OPS.values())
+
+
+def test_words_that_no_case_has_are_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["production", "v7"])
+    with pytest.raises(SystemExit, match="2"):
+        production.main()
+    assert "no case has 'v7'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not has_libtpu(), reason=LIBTPU_IS_MISSING)
+@pytest.mark.parametrize("refuses", [False, True])
+def test_the_exit_status_is_that_of_the_compiles(monkeypatch, capsys, refuses):
+    """Compiled here and not in a process of its own, so that the refusal can be put in."""
+
+    def refusing(*args, **kwargs):
+        raise UnsupportedError("18 MiB needed, 16 allowed")
+
+    if refuses:
+        monkeypatch.setattr(production, "token_losses", refusing)
+    monkeypatch.setattr(production, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(sys, "argv", ["production", "v6e", "token losses", "4096x768x50257"])
+    with pytest.raises(SystemExit) as exit:
+        production.main()
+    assert exit.value.code == refuses
+    assert ("18 MiB needed, 16 allowed" in capsys.readouterr().out) == refuses
