@@ -83,7 +83,7 @@ def strips(title: str, note: str, panels: Mapping[str, Sequence[Strip]]) -> str:
         drawn.append(f'<text class="title" x="0" y="{top + 4}" style="font-size:13px">{escape(heading)}</text>')
         top += 24 if heading else 0
         for kernel in kernels:
-            drawn.append(f'<text class="name" x="0" y="{top}">{escape(kernel.label)}</text>')
+            drawn.append(f'<text class="title" x="0" y="{top}" style="font-size:12px">{escape(kernel.label)}</text>')
             drawn.append(f'<text class="end" x="{WIDTH}" y="{top}">{escape(kernel.text)}</text>')
             top += 9
             width = (WIDTH - left) * kernel.length / longest
@@ -152,7 +152,7 @@ def _bar(bar: Bar, start: float, top: float, scale: float) -> str:
         width = max(0.0, part.value) * scale
         marks.append(_rect(x, top, width, BAR, f"var(--{part.paint[0]})", part.paint[1]))
         x += width
-    text = f'<text class="name end" x="{start - 8}" y="{top + 12}">{escape(shorten(bar.label))}</text>'
+    text = f'<text class="value" x="{start - 8}" y="{top + 12}">{escape(shorten(bar.label))}</text>'
     text += f'<text x="{x + 8:.1f}" y="{top + 12}">{escape(bar.text)}</text>'
     return f"<g><title>{escape(f'{bar.label}: {bar.text}' + (f' ({tip})' if tip else ''))}</title>{''.join(marks)}{text}</g>"
 
