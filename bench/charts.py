@@ -11,10 +11,10 @@ from html import escape
 from train.plot import PLOT_STYLE
 
 WIDTH = 1010  # of a picture, in its own units
+MARGIN = 18  # around a PNG file's
 GAP = 30  # between two columns of panels
 HEAD, PANEL_HEAD, BAR, BAR_GAP = 66, 26, 16, 7
 CHARACTER = 7.2  # width of an average character at 12 units, in the widest of the usual fonts
-VALUE = 24 * CHARACTER  # room for what is written behind a bar
 LABEL_CHARACTERS = 34
 STRIP, STRIP_GAP, SHADES = 13, 2, 12
 FONTS = '"DejaVu Sans", "Liberation Sans", "Noto Sans", Arial, Helvetica, sans-serif'
@@ -62,7 +62,9 @@ def bars(title: str, note: str, panels: Sequence[Panel], *, columns: int = 2, le
     """Panels beside and below one another. `legend`: name the parts once, on top."""
     columns = min(columns, len(panels))
     width = (WIDTH - GAP * (columns - 1)) / columns
-    label_width = CHARACTER * min(LABEL_CHARACTERS, max((len(bar.label) for p in panels for bar in p.bars), default=0))
+    everything = [bar for panel in panels for bar in panel.bars]
+    label_width = 10 + CHARACTER * min(LABEL_CHARACTERS, max(len(bar.label) for bar in everything))
+    room = width - label_width - 8 - CHARACTER * max(len(bar.text) for bar in everything)
     named: dict[str, tuple[str, float]] = {}
     for panel in panels if legend else ():
         named |= {part.name: part.paint for bar in panel.bars for part in bar.parts if part.value > 0}
@@ -70,7 +72,9 @@ def bars(title: str, note: str, panels: Sequence[Panel], *, columns: int = 2, le
     drawn = []
     for start in range(0, len(panels), columns):
         line = panels[start : start + columns]
-        drawn += [_panel(panel, i * (width + GAP), top, width, label_width) for i, panel in enumerate(line)]
+        for i, panel in enumerate(line):
+            left = i * (width + GAP)
+            drawn += [_heading(panel, left, top, width), _bars(panel, left + label_width, top, room)]
         top += max(map(_panel_height, line))
     return _picture(title, note, top, key + "".join(drawn))
 
@@ -98,16 +102,20 @@ def strips(title: str, note: str, panels: Mapping[str, Sequence[Strip]]) -> str:
 
 
 def png(svg: str, *, zoom: int = 2) -> bytes:
-    """The picture in light colours on white, `zoom` pixels for each of its units.
+    """The picture in light colours on white with a margin, `zoom` pixels for each of its units.
 
     Raises ImportError where resvg_py is not installed. Letters are drawn with this machine's fonts: see `has_fonts`.
     """
     import resvg_py
 
     start = svg.index(">") + 1
-    style = re.sub(r"@media[^{]*\{(?:[^{}]*\{[^{}]*\})*\s*\}", "", PLOT_STYLE) + f".plot {{ font-family: {FONTS} }}"
+    style = re.sub(r"@media[^{]*\{(?:[^{}]*\{[^{}]*\})*\s*\}", "", PLOT_STYLE)
+    style += f".plot {{ font-size: 12px; font-family: {FONTS} }}"
     colors = dict(re.findall(r"--(\w+):\s*([^;]+);", style))
-    whole = f"{svg[:start]}<style>{style}</style>{svg[start:]}"
+    left, top, width, height = map(float, re.findall(r'viewBox="([^"]*)"', svg)[0].split())
+    box = f"{left - MARGIN:g} {top - MARGIN:g} {width + 2 * MARGIN:g} {height + 2 * MARGIN:g}"
+    head = re.sub(r'viewBox="[^"]*"', f'viewBox="{box}"', svg[:start])
+    whole = f"{head}<style>{style}</style>{svg[start:]}"
     plain = re.sub(r"var\(--(\w+)\)", lambda match: colors[match[1]], whole)  # resvg knows no variables
     return bytes(resvg_py.svg_to_bytes(svg_string=plain, zoom=zoom, background=colors["paper"]))
 
@@ -126,35 +134,37 @@ def _panel_height(panel: Panel) -> float:
     return (PANEL_HEAD if panel.heading else 0) + len(panel.bars) * (BAR + BAR_GAP) + (20 if panel.mark else 0) + 18
 
 
-def _panel(panel: Panel, left: float, top: float, width: float, label_width: float) -> str:
-    marks = []
-    if panel.heading:
-        heading = escape(shorten(panel.heading, int(width / CHARACTER)))
-        marks.append(f'<text class="title" x="{left}" y="{top + 14}" style="font-size:13px">{heading}</text>')
-        top += PANEL_HEAD
-    start = left + label_width + 10
-    room = width - label_width - 10 - VALUE
+def _heading(panel: Panel, left: float, top: float, width: float) -> str:
+    heading = escape(shorten(panel.heading, int(width / CHARACTER)))
+    return f'<text class="title" x="{left}" y="{top + 14}" style="font-size:13px">{heading}</text>'
+
+
+def _bars(panel: Panel, start: float, top: float, room: float) -> str:
+    """From x = `start` on; the longest is `room` wide. Texts come last: no line crosses them."""
+    top += PANEL_HEAD if panel.heading else 0
     foot = top + len(panel.bars) * (BAR + BAR_GAP)
+    tops = [top + i * (BAR + BAR_GAP) for i in range(len(panel.bars))]
+    marks = [_bar(bar, start, y, room / panel.full) for bar, y in zip(panel.bars, tops, strict=True)]
     marks.append(f'<line class="axis" x1="{start}" x2="{start}" y1="{top - 3}" y2="{foot - BAR_GAP + 3}"/>')
     if panel.mark:
         x = start + room * panel.mark[0] / panel.full
         marks.append(f'<path class="level" d="M{x:.1f} {top - 3}V{foot}"/>')
         marks.append(f'<text class="middle" x="{x:.1f}" y="{foot + 12}">{escape(panel.mark[1])}</text>')
-    for i, bar in enumerate(panel.bars):
-        marks.append(_bar(bar, start, top + i * (BAR + BAR_GAP), room / panel.full))
+    for bar, y in zip(panel.bars, tops, strict=True):
+        x = start + sum(max(0.0, part.value) for part in bar.parts) * room / panel.full
+        marks.append(f'<text class="value" x="{start - 8}" y="{y + 12}">{escape(shorten(bar.label))}</text>')
+        marks.append(f'<text class="halo" x="{x + 8:.1f}" y="{y + 12}">{escape(bar.text)}</text>')
     return "".join(marks)
 
 
-def _bar(bar: Bar, start: float, top: float, scale: float) -> str:
-    x, marks = start, []
-    tip = ", ".join(f"{part.name} {part.value:.4g}" for part in bar.parts if len(bar.parts) > 1)
+def _bar(bar: Bar, x: float, top: float, scale: float) -> str:
+    tip = "".join(f"\n{part.name} {part.value:.4g}" for part in bar.parts if len(bar.parts) > 1)
+    marks = [f"<g><title>{escape(f'{bar.label}: {bar.text}{tip}')}</title>"]
     for part in bar.parts:
         width = max(0.0, part.value) * scale
         marks.append(_rect(x, top, width, BAR, f"var(--{part.paint[0]})", part.paint[1]))
         x += width
-    text = f'<text class="value" x="{start - 8}" y="{top + 12}">{escape(shorten(bar.label))}</text>'
-    text += f'<text x="{x + 8:.1f}" y="{top + 12}">{escape(bar.text)}</text>'
-    return f"<g><title>{escape(f'{bar.label}: {bar.text}' + (f' ({tip})' if tip else ''))}</title>{''.join(marks)}{text}</g>"
+    return "".join(marks) + "</g>"
 
 
 def _strip(shares: Sequence[float], left: float, top: float, width: float) -> str:

@@ -3,19 +3,32 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bench import charts
 from bench.charts import Bar, Panel, Part, Strip
-from bench.results import BASES, CONTENDER, SETTING, Row, best, by_table, comparisons, describe, is_time, varying
+from bench.results import (
+    BASES,
+    CONTENDER,
+    DEPTH,
+    SETTING,
+    Row,
+    best,
+    by_table,
+    comparisons,
+    describe,
+    is_time,
+    shared,
+    varying,
+)
 from bench.tables import GIB, number_text, time_unit
 from bench.tpu.kernel import STRIP_UNITS
 from train.plot import Line, line_plot
 
 COLORS = 6  # c0 to c5 of the style
 
-# What fills a device's memory, in the order in which it is drawn. "results": those that take no donated argument's place.
+# What fills a device's memory, in the order in which it is drawn. Behind them "results": what took no argument's place.
 HBM_PARTS = (
     ("parameters", "hbm/arguments/parameters_bytes", ("c0", 1.0)),
     ("optimizer", "hbm/arguments/optimizer_bytes", ("c1", 1.0)),
@@ -59,7 +72,7 @@ def pictures(rows: Sequence[Row]) -> list[Picture]:
 def times(group: str, basis: str, rows: Sequence[Row]) -> str | None:
     """Contenders side by side, a panel for each setting in which two or more can be compared."""
     compared = [contenders for contenders in comparisons(rows) if best(contenders) is not None]
-    if not compared:
+    if not compared or (basis == "compiled" and varying(rows, [DEPTH])):  # `depths` draws these
         return None
     everything = [row for contenders in compared for row in contenders]
     names, settings = varying(everything, CONTENDER), varying(everything, SETTING)
@@ -71,7 +84,7 @@ def times(group: str, basis: str, rows: Sequence[Row]) -> str | None:
         drawn = [_time_bar(row, _label(row, names), colors, unit, size, shortest) for row in contenders]
         longest = max(row.seconds for row in contenders if row.seconds is not None and is_time(row.seconds))
         panels.append(Panel(describe(contenders[0], settings), drawn, full=longest))
-    same = describe(everything[0], [name for name in SETTING if name not in settings])
+    same = describe(everything[0], shared(everything, SETTING))
     note = f"{same} · each panel on its own scale, from zero" if same else "each panel on its own scale, from zero"
     return charts.bars(f"{group}: {BASES.get(basis, basis)}", note, panels)
 
@@ -96,7 +109,7 @@ def mfu(group: str, basis: str, rows: Sequence[Row]) -> str | None:
     names = varying(known, [*SETTING, *CONTENDER]) or ["variant", "implementation"]
     drawn = [Bar(_label(row, names), _mfu_parts(row), _mfu_text(row)) for row in known]
     full = max(sum(part.value for part in bar.parts) for bar in drawn)
-    peak = describe(known[0], ("peak_source",)) if not varying(known, ("peak_source",)) else "peaks differ: see the table"
+    peak = describe(known[0], shared(known, ("peak_source",)))
     note = f"percent of the peak · {peak}" if peak else "percent of the peak"
     return charts.bars(
         f"{group}, parts of the MFU: {BASES.get(basis, basis)}", note, [Panel("", drawn, full)], columns=1, legend=True
@@ -109,38 +122,41 @@ def kernels(group: str, basis: str, rows: Sequence[Row]) -> str | None:
     if not drawn:
         return None
     names, settings = varying(drawn, CONTENDER), varying(drawn, SETTING)
-    panels = {}
+
+    def strip(row: Row) -> Strip:
+        return Strip(_label(row, names), _kernel_text(row), row.number("cycles") or 1, _units(row))
+
+    panels: dict[str, list[Strip]] = {}
     for contenders in comparisons(drawn):
-        found = [Strip(_label(row, names), _kernel_text(row), row.number("cycles") or 1, _units(row)) for row in contenders]
-        panels[describe(contenders[0], settings)] = found
+        panels.setdefault(describe(contenders[0], settings), []).extend(map(strip, contenders))
     note = "over the kernel's cycles, its length beside the longest of its setting; the darker, the fuller the unit"
     return charts.strips(f"{group}, use of the units: {BASES.get(basis, basis)}", note, panels)
 
 
 def depths(rows: Iterable[Row]) -> dict[str, str]:
-    """Compile seconds over depth, a line per contender; by title, one for each chip or device and clock."""
-    plots: dict[str, dict[str, dict[float, float]]] = {}
-    with_depth = [row for row in rows if row.number("num_layers") is not None]
+    """Compile seconds over depth, a line per contender; by title, one for each group, clock, and chip or device."""
+    where = [name for name in SETTING if name not in ("op", DEPTH)]
+    plots: dict[tuple[str, str], dict[str, dict[float, float]]] = {}
+    with_depth = [row for row in rows if row.number(DEPTH) is not None]
     names = varying(with_depth, CONTENDER) or ["variant"]
     for row in with_depth:
         for fact, clock in (("compile_cpu_seconds", "CPU seconds"), ("compile_seconds", "seconds")):
             seconds = row.number(fact)
             if seconds is not None and math.isfinite(seconds):
-                where = describe(row, ("op", "shape", "chip", "topology", "device"))
-                lines = plots.setdefault(f"Compiling, {clock}: {where}", {})
-                lines.setdefault(_label(row, names), {})[row.number("num_layers") or 0] = seconds
+                lines = plots.setdefault((row.group, f"{clock} of compiling: {describe(row, where)}"), {})
+                lines.setdefault(_label(row, names), {})[row.number(DEPTH) or 0] = seconds
                 break
+    kept = {(what, str(lines)): (group, what) for (group, what), lines in reversed(plots.items())}  # groups may share
     return {
-        title: line_plot(
-            title,
-            [Line(name, sorted(points.items()), i % COLORS) for i, (name, points) in enumerate(lines.items())],
-            x_label="layers",
-            width=640,
-            height=320,
-        )
-        for title, lines in plots.items()
-        if any(len(points) > 1 for points in lines.values())
+        f"{group}, {what}": _depth_plot(f"{group}, {what}", plots[group, what])
+        for group, what in reversed(kept.values())
+        if any(len(points) > 1 for points in plots[group, what].values())
     }
+
+
+def _depth_plot(title: str, lines: Mapping[str, Mapping[float, float]]) -> str:
+    drawn = [Line(name, sorted(points.items()), i % COLORS) for i, (name, points) in enumerate(lines.items())]
+    return line_plot(title, drawn, x_label="layers", width=640, height=320)
 
 
 def _add(found: dict[str, Picture], kind: str, title: str, words: str, svg: str | None) -> None:
@@ -173,13 +189,13 @@ def _time_bar(
 
 
 def _is_refused_step(row: Row) -> bool:
-    return row.unsupported is not None and row.facts.get("num_layers") is not None
+    return row.unsupported is not None and row.facts.get(DEPTH) is not None
 
 
 def _hbm_panel(chip: str, rows: Sequence[Row]) -> Panel | None:
     rows = [row for contenders in comparisons(rows) for row in contenders]
     has = max((row.number("hbm/available_bytes") or 0 for row in rows), default=0) / GIB
-    names = varying(rows, ("op", "shape", "passes", "dtype", *CONTENDER, "num_layers")) or ["variant", "num_layers"]
+    names = varying(rows, ("op", "shape", "passes", "dtype", *CONTENDER, DEPTH)) or ["variant", DEPTH]
     drawn = dict.fromkeys(_hbm_bar(row, _label(row, names), has) for row in rows)  # groups may share their programs
     most = max(sum(part.value for part in bar.parts) for bar in drawn)
     if most <= 0:
@@ -241,7 +257,7 @@ def _kernel_text(row: Row) -> str:
         ("cycles", "{} cycles", 1),
         ("matrix_busy", "MXU {} %", 100),
         ("dma_wait_share", "DMA wait {} %", 100),
-        ("spills", "{} spills", 1),
+        ("spills", "spills {}", 1),
     )
     known = ((text, row.number(fact), factor) for fact, text, factor in words)
     return ", ".join(text.format(number_text(value * factor)) for text, value, factor in known if value is not None)

@@ -14,7 +14,7 @@ from pathlib import Path
 from bench import charts
 from bench.pictures import Picture, pictures
 from bench.results import BASES, STORAGE, Results, ResultsError, Row, is_time, newest, read
-from bench.tables import GIB, MISSING, Column, Table, number_text, tables, time_unit
+from bench.tables import GIB, MISSING, Column, Table, number_text, refusals, tables, time_unit
 from train.plot import PLOT_STYLE
 from train.report import PAGE_STYLE
 from train.rundir import write_atomically
@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 STYLE = """
 main { max-width: 1180px; } .number { text-align: right; } thead th { vertical-align: bottom; }
 td, th { padding: 5px 14px 5px 0; white-space: nowrap; } .card { margin-top: 14px; overflow-x: auto; }
-tbody tr:not(.start) > * { border-top: 0; } .card .plot { min-width: 720px; } .note { color: var(--soft); margin: 0 0 8px; }
+tbody tr:not(.start) > * { border-top: 0; } .card .plot { min-width: 720px; }
+.note { color: var(--soft); margin: 0 0 8px; }
 .narrow { max-width: 700px; } h2 { margin-bottom: 0; } .refusal { color: var(--bad); margin: 8px 0 0; }
 """
 UNCHANGED = 0.005  # of a predicted time: closer than this is called the same
@@ -79,7 +80,9 @@ def write(results: Results, out: Path, before: Results | None = None) -> tuple[P
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report", description="Write a page and pictures of a saved run."
+    )
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE.json", help="a saved run, or two to compare")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"where to write; {STORAGE}/reports/NAME if not given")
     given = parser.parse_args(arguments)
@@ -102,9 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _write_pngs(drawn: Sequence[Picture], out: Path) -> list[Path]:
     try:
         if drawn and not charts.has_fonts():
-            log.warning("this machine has no fonts: the PNG files are without letters. apt-get install fonts-dejavu-core")
+            log.warning("the PNG files have no letters, this machine has no fonts: apt-get install fonts-dejavu-core")
     except ImportError:
-        log.warning("no PNG files, resvg_py is not installed: uv sync --group dev")
+        log.warning("no PNG files, resvg_py is not installed: uv sync")
         return []
     paths = [out / f"{picture.name}.png" for picture in drawn]
     for path, picture in zip(paths, drawn, strict=True):
@@ -127,7 +130,7 @@ def _comparison(basis: str, pairs: Sequence[tuple[Row, Row]], before: Results, a
     notes = []
     if basis != "predicted" and before.machine != after.machine:
         notes.append(f"two machines: their times say little of the code. {before.machine}; {after.machine}")
-    notes += [f"unsupported in {after.title}: {new.short_name}: {new.unsupported}" for _, new in pairs if new.unsupported]
+    notes += refusals(new for _, new in pairs)
     starts = frozenset(range(len(pairs)))
     return Table(f"{before.title} → {after.title}: {BASES.get(basis, basis)}", "", columns, starts, notes)
 
@@ -172,7 +175,8 @@ def _named(what: str, names: Iterable[str]) -> list[str]:
 def _origin(run: Results) -> str:
     """What was measured where and when; what is predicted depends on the commit alone."""
     bases = [BASES.get(basis, basis) for basis in dict.fromkeys(row.basis for row in run.rows)]
-    chips = dict.fromkeys(str(row.facts[name]) for row in run.rows for name in ("chip", "device") if row.facts.get(name))
+    devices = (row.facts.get("chip") or row.facts.get("device") for row in run.rows)
+    chips = dict.fromkeys(str(device) for device in devices if device)
     refused = sum(row.unsupported is not None for row in run.rows)
     rows = f"{len(run.rows)} rows" + (f", {refused} unsupported" if refused else "")
     lines = [

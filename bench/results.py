@@ -19,6 +19,7 @@ BASES = {
 }
 # Facts that rows of one comparison have in common, and facts in which its contenders differ.
 SETTING = ("op", "shape", "passes", "dtype", "chip", "topology", "device", "devices", "num_layers")
+DEPTH = "num_layers"
 CONTENDER = ("variant", "implementation", "block_sizes")
 
 
@@ -47,10 +48,6 @@ class Row:
         """Why the row was refused."""
         sentence = self.facts.get("unsupported")
         return None if sentence is None else str(sentence) or "no reason given"
-
-    @property
-    def setting(self) -> tuple[Any, ...]:
-        return (self.basis, *(self.facts.get(name) for name in SETTING))
 
     @property
     def short_name(self) -> str:
@@ -147,21 +144,30 @@ def by_table(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
 
 def comparisons(rows: Iterable[Row]) -> list[list[Row]]:
     """Rows of one setting together, fastest first, refused ones last; settings as they ran, but depths ascending."""
-    settings: dict[tuple[Any, ...], list[Row]] = {}
+    series: dict[tuple[Any, ...], dict[float, list[Row]]] = {}
     for row in rows:
-        settings.setdefault(row.setting, []).append(row)
-    ordered = sorted(settings.values(), key=lambda contenders: _depth(contenders[0]))
-    return [sorted(contenders, key=_time_or_last) for contenders in ordered]
+        depths = series.setdefault((row.basis, *(row.facts.get(name) for name in SETTING if name != DEPTH)), {})
+        depths.setdefault(_depth(row), []).append(row)
+    return [sorted(found, key=_time_or_last) for depths in series.values() for _, found in sorted(depths.items())]
 
 
 def varying(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
     """Those of the facts `names` in which the rows differ."""
-    return [name for name in names if len({str(row.facts.get(name)) for row in rows}) > 1]
+    found = [name for name in names if len({str(row.facts.get(name)) for row in rows}) > 1]
+    said = "topology" in found and all(row.facts.get("topology") for row in rows)
+    return [name for name in found if not (said and name == "chip")]  # "v5p:2x2x1" says v5p
+
+
+def shared(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+    """Those of the facts `names` in which the rows agree."""
+    return [name for name in names if not varying(rows, [name])]
 
 
 def describe(row: Row, names: Iterable[str]) -> str:
     """These facts in words, where the row has them: "1x2048 · forward · 12 layers"."""
     given = {name: str(row.facts[name]) for name in names if row.facts.get(name) not in (None, "")}
+    if "topology" in given:
+        given.pop("chip", None)
     counted = {"num_layers": "layer", "devices": "device"}
     words = (f"{value} {_plural(counted[name], value)}" if name in counted else value for name, value in given.items())
     return " · ".join(words)
@@ -169,7 +175,7 @@ def describe(row: Row, names: Iterable[str]) -> str:
 
 def best(contenders: Iterable[Row]) -> float | None:
     """The shortest time of a comparison; None where fewer than two can be compared."""
-    times = [row.seconds for row in contenders if is_time(row.seconds)]
+    times = [row.seconds for row in contenders if row.seconds is not None and is_time(row.seconds)]
     return min(times) if len(times) > 1 else None
 
 
@@ -182,7 +188,7 @@ def _plural(noun: str, count: str) -> str:
 
 
 def _depth(row: Row) -> float:
-    depth = row.facts.get("num_layers")
+    depth = row.facts.get(DEPTH)
     return depth if isinstance(depth, int | float) else 0
 
 

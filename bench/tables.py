@@ -6,7 +6,19 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.results import BASES, CONTENDER, SETTING, Row, best, by_table, comparisons, describe, is_time, varying
+from bench.results import (
+    BASES,
+    CONTENDER,
+    SETTING,
+    Row,
+    best,
+    by_table,
+    comparisons,
+    describe,
+    is_time,
+    shared,
+    varying,
+)
 from train.summary import si
 
 WIDTH = 120  # characters, in a terminal
@@ -53,7 +65,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """`common`: what all rows share. `starts`: the rows that begin a comparison. `notes`: refusals, and what else is odd."""
+    """common: what all rows share. starts: the rows that begin a comparison. notes: refusals, and other oddities."""
 
     title: str
     common: str
@@ -77,7 +89,7 @@ def text(table: Table, width: int = WIDTH) -> str:
         left_out.insert(0, columns.pop())
     lines = [_rule(table.title, width)]
     lines += [table.common] if table.common else []
-    lines += [_line([column.header for column in columns], columns), _line([column.unit for column in columns], columns)]
+    lines += [_line([c.header for c in columns], columns), _line([c.unit for c in columns], columns)]
     lines = [line for line in lines if line]
     for i in range(len(columns[0].cells)):
         cells = [column.cells[i] for column in columns]
@@ -90,7 +102,7 @@ def text(table: Table, width: int = WIDTH) -> str:
 
 
 def number_text(value: float | None) -> str:
-    """Three digits or more: 0.0123, 1.23, 12.3, 1,234, 1.23M; counts whole."""
+    """Three digits or more: 0.0120, 1.23, 12.3, 1,234, 1.23M; counts whole."""
     if value is None:
         return MISSING
     if not math.isfinite(value):
@@ -101,7 +113,7 @@ def number_text(value: float | None) -> str:
         return f"{value:,.0f}"
     if abs(value) >= 10:
         return f"{value:.1f}"
-    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:#.3g}" if value else "0"
 
 
 def time_unit(times: Iterable[float | None]) -> tuple[str, float]:
@@ -125,7 +137,7 @@ def _table(group: str, basis: str, rows: Sequence[Row], before: Mapping[str, Map
     rows = [row for contenders in groups for row in contenders]
     starts = frozenset(sum(map(len, groups[:i])) for i in range(len(groups)))
     differing = varying(rows, [*SETTING, *CONTENDER])
-    same = [name for name in (*SETTING, *CONTENDER, "commit", "peak_source") if name not in varying(rows, [name])]
+    stated = (*SETTING, *CONTENDER, "peak_source", "commit")
     named = [_fact_column(name, rows) for name in differing]
     if not any(column.header in CONTENDER or len(rows) == len(groups) for column in named):
         named.append(Column("benchmark", "", [row.short_name for row in rows], number=False))
@@ -141,11 +153,19 @@ def _table(group: str, basis: str, rows: Sequence[Row], before: Mapping[str, Map
         timing.append(Column(f"against {title}", "", cells))
     return Table(
         title=f"{group}: {BASES.get(basis, basis)}",
-        common=describe(rows[0], same),
+        common=describe(rows[0], shared(rows, stated)),
         columns=[*named, *timing, *_numbers(rows, basis)],
         starts=starts,
-        notes=refusals(rows),
+        notes=[*refusals(rows), *_too_large(rows)],
     )
+
+
+def _too_large(rows: Iterable[Row]) -> list[str]:
+    return [
+        f"does not fit: {row.short_name}: {number_text(-left / GIB)} GiB more than a device has"
+        for row in rows
+        if (left := row.number("hbm/left_bytes")) is not None and left < 0
+    ]
 
 
 def _fact_column(name: str, rows: Sequence[Row]) -> Column:
