@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from bench.tables import shorten
 from train.plot import PLOT_STYLE
 
 WIDTH = 1010  # of a picture, in its own units
@@ -126,10 +127,6 @@ def has_fonts() -> bool:
     return png(page.format("Wm")) != png(page.format(""))
 
 
-def shorten(label: str, characters: int = LABEL_CHARACTERS) -> str:
-    return label if len(label) <= characters else f"{label[: characters - 1]}…"
-
-
 def _panel_height(panel: Panel) -> float:
     return (PANEL_HEAD if panel.heading else 0) + len(panel.bars) * (BAR + BAR_GAP) + (20 if panel.mark else 0) + 18
 
@@ -152,7 +149,9 @@ def _bars(panel: Panel, start: float, top: float, room: float) -> str:
         marks.append(f'<text class="middle" x="{x:.1f}" y="{foot + 12}">{escape(panel.mark[1])}</text>')
     for bar, y in zip(panel.bars, tops, strict=True):
         x = start + sum(max(0.0, part.value) for part in bar.parts) * room / panel.full
-        marks.append(f'<text class="value" x="{start - 8}" y="{y + 12}">{escape(shorten(bar.label))}</text>')
+        marks.append(
+            f'<text class="value" x="{start - 8}" y="{y + 12}">{escape(shorten(bar.label, LABEL_CHARACTERS))}</text>'
+        )
         marks.append(f'<text class="halo" x="{x + 8:.1f}" y="{y + 12}">{escape(bar.text)}</text>')
     return "".join(marks)
 

@@ -20,6 +20,8 @@ def pytest_terminal_summary(terminalreporter, config):
     from bench.results import row_of
 
     session = config.pluginmanager.getplugin("pytest-benchmark")
+    if session.quiet:  # --benchmark-quiet
+        return
     session.quiet = not session.verbose
     rows = [row_of(entry.as_dict(include_data=False)) for entry in session.benchmarks if not entry.has_error]
     before = {
@@ -29,15 +31,15 @@ def pytest_terminal_summary(terminalreporter, config):
     for table in tables.tables(rows, before=before):
         terminalreporter.write_line("")
         terminalreporter.write_line(tables.text(table))
-    for reason, count in skipped(terminalreporter.stats.get("skipped", ()), Path(__file__).parent).items():
+    for reason, count in skipped(terminalreporter.stats.get("skipped", ())).items():
         terminalreporter.write_line(f"\n{count} rows skipped: {reason}")
 
 
-def skipped(reports, folder: Path) -> Counter[str]:
-    """Reasons of the skipped benchmarks below `folder`, and how many gave each."""
+def skipped(reports) -> Counter[str]:
+    """Reasons of the skipped benchmarks, and how many gave each."""
     reasons = Counter()
     for report in reports:
         file, _, reason = report.longrepr
-        if Path(file).is_relative_to(folder):
+        if Path(file).name.startswith("bench_"):
             reasons[reason.removeprefix("Skipped: ")] += 1
     return reasons

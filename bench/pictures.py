@@ -203,16 +203,21 @@ def _hbm_panel(chip: str, rows: Sequence[Row]) -> Panel | None:
     if most >= MUCH_OF_THE_CHIP * has:
         mark = (has, f"{number_text(has)} GiB available") if has else None
         return Panel(chip, list(drawn), max(most, has), mark)
-    return Panel(f"{chip} · of {number_text(has)} GiB, {number_text(most)} shown", list(drawn), most)
+    scale = f"longest bar: {number_text(most)} of {number_text(has)} GiB" if has else ""
+    return Panel(" · ".join(filter(None, (chip, scale))), list(drawn), most)
 
 
 def _hbm_bar(row: Row, label: str, available: float) -> Bar:
     if row.unsupported is not None:
         return Bar(label, (), "unsupported")
-    parts = [Part(name, (row.number(fact) or 0) / GIB, paint) for name, fact, paint in HBM_PARTS]
-    reserved = (row.number("hbm/reserved_bytes") or 0) / GIB
-    results = reserved - sum(part.value for part in parts)
-    parts.append(Part("results", max(0.0, results), ("c2", 0.45)))
+    known = [(name, row.number(fact) or 0, paint) for name, fact, paint in HBM_PARTS]
+    drawn = {fact for _, fact, _ in HBM_PARTS}
+    for name, size in row.numbers("hbm/arguments").items():
+        if f"hbm/arguments/{name}" not in drawn:
+            known.append((name.removesuffix("_bytes"), size, ("c5", 0.65)))
+    results = (row.number("hbm/reserved_bytes") or 0) - sum(size for _, size, _ in known)
+    known.append(("results", max(0, results), ("c2", 0.45)))
+    parts = [Part(name, size / GIB, paint) for name, size, paint in known]
     total = sum(part.value for part in parts)
     share = f" · {number_text(100 * total / available)} %" if available else ""
     return Bar(label, tuple(parts), f"{number_text(total)} GiB{share}")

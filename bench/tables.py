@@ -4,7 +4,7 @@
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.results import (
     BASES,
@@ -23,6 +23,7 @@ from train.summary import si
 
 WIDTH = 120  # characters, in a terminal
 MISSING = "–"
+_LONGEST_CELL = 48
 GIB, MIB = 2**30, 2**20
 
 # Numbers that are shown where a row has them, the ones to look at first foremost: fact, header, unit, divisor.
@@ -84,21 +85,21 @@ def tables(rows: Iterable[Row], *, before: Mapping[str, Mapping[str, float]] | N
 
 def text(table: Table, width: int = WIDTH) -> str:
     """For a terminal. Columns that do not fit are left out, the last first, and named below."""
-    columns, left_out = list(table.columns), []
+    columns, left_out = [_one_line(column) for column in table.columns], []
     while len(columns) > 2 and _width(columns) > width:
         left_out.insert(0, columns.pop())
-    lines = [_rule(table.title, width)]
-    lines += [table.common] if table.common else []
-    lines += [_line([c.header for c in columns], columns), _line([c.unit for c in columns], columns)]
-    lines = [line for line in lines if line]
+    lines = [_rule(table.title, width), *textwrap.wrap(table.common, width)]
+    heads = _line([column.header for column in columns], columns), _line([column.unit for column in columns], columns)
+    lines += filter(None, heads)
     for i in range(len(columns[0].cells)):
         cells = [column.cells[i] for column in columns]
         if i not in table.starts:  # a comparison goes on: what it is about is said once
             cells = ["" if _said_above(columns, position, i) else cell for position, cell in enumerate(cells)]
         lines.append(_line(cells, columns))
+    notes = list(table.notes)
     if left_out:
-        lines.append(f"Too wide for here, in the report: {', '.join(column.header for column in left_out)}.")
-    return "\n".join([*lines, *(textwrap.fill(note, width, subsequent_indent="  ") for note in table.notes)])
+        notes.append(f"Too wide for here, in the report: {', '.join(column.header for column in left_out)}.")
+    return "\n".join([*lines, *(textwrap.fill(note, width, subsequent_indent="  ") for note in notes)])
 
 
 def number_text(value: float | None) -> str:
@@ -114,6 +115,12 @@ def number_text(value: float | None) -> str:
     if abs(value) >= 10:
         return f"{value:.1f}"
     return f"{value:.2f}" if abs(value) >= 1 else f"{value:#.3g}" if value else "0"
+
+
+def shorten(words: str, characters: int) -> str:
+    """One line of at most so many characters."""
+    words = " ".join(words.split())
+    return words if len(words) <= characters else f"{words[: characters - 1]}…"
 
 
 def time_unit(times: Iterable[float | None]) -> tuple[str, float]:
@@ -211,6 +218,10 @@ def _divided(value: float | None, size: float) -> float | None:
     return value if value is None or size == 1 else value / size  # a count stays a whole number
 
 
+def _one_line(column: Column) -> Column:
+    return replace(column, cells=[shorten(cell, _LONGEST_CELL) for cell in column.cells])
+
+
 def _said_above(columns: Sequence[Column], position: int, i: int) -> bool:
     """The cell and all to its left are as in the line above."""
     return all(not column.number and column.cells[i] == column.cells[i - 1] for column in columns[: position + 1])
@@ -231,4 +242,4 @@ def _line(cells: Sequence[str], columns: Sequence[Column]) -> str:
 
 
 def _rule(title: str, width: int) -> str:
-    return f"── {title} ".ljust(width, "─")
+    return f"── {shorten(title, width - 6)} ".ljust(width, "─")

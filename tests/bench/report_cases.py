@@ -93,7 +93,7 @@ def compiled() -> list[dict[str, Any]]:
     for chip, available in (("v5p", 95.7 * GIB), ("v6e", 1.2 * GIB)):
         for variant, slope in (("base", 2.9), ("array_stacked", 0.02)):
             for layers in (12, 24, 48):
-                size = GIB * layers / 200
+                size, code = GIB * layers // 200, int(2**20 * slope * layers)
                 hbm = {
                     "hbm__arguments__parameters_bytes": size,
                     "hbm__arguments__optimizer_bytes": 2 * size,
@@ -101,11 +101,11 @@ def compiled() -> list[dict[str, Any]]:
                     "hbm__arguments__batch_bytes": 8192,
                     "hbm__arguments__other_bytes": 512,
                     "hbm__arguments__padding_bytes": 4096,
-                    "hbm__temporaries_bytes": size / 2,
-                    "hbm__code_bytes": 2**20 * slope * layers,
-                    "hbm__reserved_bytes": 4.5 * size + 2**20 * slope * layers + 12800,
+                    "hbm__temporaries_bytes": size // 2,
+                    "hbm__code_bytes": code,
+                    "hbm__reserved_bytes": 4 * size + size // 2 + code + 12800,
                     "hbm__available_bytes": available,
-                    "hbm__left_bytes": available - 4.5 * size - 2**20 * slope * layers - 12800,
+                    "hbm__left_bytes": available - 4 * size - size // 2 - code - 12800,
                 }
                 seconds = 14 + slope * layers
                 found.append(
