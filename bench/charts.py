@@ -141,14 +141,15 @@ def _bars(panel: Panel, start: float, top: float, room: float) -> str:
     top += PANEL_HEAD if panel.heading else 0
     foot = top + len(panel.bars) * (BAR + BAR_GAP)
     tops = [top + i * (BAR + BAR_GAP) for i in range(len(panel.bars))]
-    marks = [_bar(bar, start, y, room / panel.full) for bar, y in zip(panel.bars, tops, strict=True)]
+    scale = room / panel.full if panel.full > 0 else 0.0
+    marks = [_bar(bar, start, y, scale) for bar, y in zip(panel.bars, tops, strict=True)]
     marks.append(f'<line class="axis" x1="{start}" x2="{start}" y1="{top - 3}" y2="{foot - BAR_GAP + 3}"/>')
     if panel.mark:
-        x = start + room * panel.mark[0] / panel.full
+        x = start + scale * panel.mark[0]
         marks.append(f'<path class="level" d="M{x:.1f} {top - 3}V{foot}"/>')
         marks.append(f'<text class="middle" x="{x:.1f}" y="{foot + 12}">{escape(panel.mark[1])}</text>')
     for bar, y in zip(panel.bars, tops, strict=True):
-        x = start + sum(max(0.0, part.value) for part in bar.parts) * room / panel.full
+        x = start + sum(max(0.0, part.value) for part in bar.parts) * scale
         marks.append(
             f'<text class="value" x="{start - 8}" y="{y + 12}">{escape(shorten(bar.label, LABEL_CHARACTERS))}</text>'
         )

@@ -93,7 +93,7 @@ def hbm(rows: Iterable[Row]) -> str | None:
     """What a step takes of a device's memory, by category, against what the chip has; a panel per chip."""
     chips: dict[str, list[Row]] = {}
     for row in rows:
-        if row.number("hbm/arguments/parameters_bytes") is not None or _is_refused_step(row):
+        if row.finite("hbm/arguments/parameters_bytes") is not None or _is_refused_step(row):
             chips.setdefault(describe(row, ("chip", "topology")) or describe(row, ("device",)), []).append(row)
     panels = [panel for chip, found in chips.items() if (panel := _hbm_panel(chip, found))]
     note = "as the compiler lays it out, not measured; a device's share, arguments that are donated counted once"
@@ -103,7 +103,7 @@ def hbm(rows: Iterable[Row]) -> str | None:
 def mfu(group: str, basis: str, rows: Sequence[Row]) -> str | None:
     """The share of the peak that each component's FLOPs make of it; recomputed ones count as HFU only."""
     rows = [row for contenders in comparisons(rows) for row in contenders]
-    known = [row for row in rows if row.number("mfu_percent") is not None and _mfu_parts(row)]
+    known = [row for row in rows if row.finite("mfu_percent") is not None and _mfu_parts(row)]
     if not known:
         return None
     names = varying(known, [*SETTING, *CONTENDER]) or ["variant", "implementation"]
@@ -124,7 +124,7 @@ def kernels(group: str, basis: str, rows: Sequence[Row]) -> str | None:
     names, settings = varying(drawn, CONTENDER), varying(drawn, SETTING)
 
     def strip(row: Row) -> Strip:
-        return Strip(_label(row, names), _kernel_text(row), row.number("cycles") or 1, _units(row))
+        return Strip(_label(row, names), _kernel_text(row), max(1, row.finite("cycles") or 1), _units(row))
 
     panels: dict[str, list[Strip]] = {}
     for contenders in comparisons(drawn):
@@ -137,14 +137,14 @@ def depths(rows: Iterable[Row]) -> dict[str, str]:
     """Compile seconds over depth, a line per contender; by title, one for each group, clock, and chip or device."""
     where = [name for name in SETTING if name not in ("op", DEPTH)]
     plots: dict[tuple[str, str], dict[str, dict[float, float]]] = {}
-    with_depth = [row for row in rows if row.number(DEPTH) is not None]
+    with_depth = [row for row in rows if row.finite(DEPTH) is not None]
     names = varying(with_depth, CONTENDER) or ["variant"]
     for row in with_depth:
         for fact, clock in (("compile_cpu_seconds", "CPU seconds"), ("compile_seconds", "seconds")):
-            seconds = row.number(fact)
-            if seconds is not None and math.isfinite(seconds):
+            seconds = row.finite(fact)
+            if seconds is not None:
                 lines = plots.setdefault((row.group, f"{clock} of compiling: {describe(row, where)}"), {})
-                lines.setdefault(_label(row, names), {})[row.number(DEPTH) or 0] = seconds
+                lines.setdefault(_label(row, names), {})[row.finite(DEPTH) or 0] = seconds
                 break
     kept = {(what, str(lines)): (group, what) for (group, what), lines in reversed(plots.items())}  # groups may share
     return {
@@ -194,7 +194,7 @@ def _is_refused_step(row: Row) -> bool:
 
 def _hbm_panel(chip: str, rows: Sequence[Row]) -> Panel | None:
     rows = [row for contenders in comparisons(rows) for row in contenders]
-    has = max((row.number("hbm/available_bytes") or 0 for row in rows), default=0) / GIB
+    has = max((row.finite("hbm/available_bytes") or 0 for row in rows), default=0) / GIB
     names = varying(rows, ("op", "shape", "passes", "dtype", *CONTENDER, DEPTH)) or ["variant", DEPTH]
     drawn = dict.fromkeys(_hbm_bar(row, _label(row, names), has) for row in rows)  # groups may share their programs
     most = max(sum(part.value for part in bar.parts) for bar in drawn)
@@ -210,12 +210,12 @@ def _hbm_panel(chip: str, rows: Sequence[Row]) -> Panel | None:
 def _hbm_bar(row: Row, label: str, available: float) -> Bar:
     if row.unsupported is not None:
         return Bar(label, (), "unsupported")
-    known = [(name, row.number(fact) or 0, paint) for name, fact, paint in HBM_PARTS]
+    known = [(name, row.finite(fact) or 0, paint) for name, fact, paint in HBM_PARTS]
     drawn = {fact for _, fact, _ in HBM_PARTS}
     for name, size in row.numbers("hbm/arguments").items():
         if f"hbm/arguments/{name}" not in drawn:
             known.append((name.removesuffix("_bytes"), size, ("c5", 0.65)))
-    results = (row.number("hbm/reserved_bytes") or 0) - sum(size for _, size, _ in known)
+    results = (row.finite("hbm/reserved_bytes") or 0) - sum(size for _, size, _ in known)
     known.append(("results", max(0, results), ("c2", 0.45)))
     parts = [Part(name, size / GIB, paint) for name, size, paint in known]
     total = sum(part.value for part in parts)
@@ -227,7 +227,7 @@ def _mfu_parts(row: Row) -> tuple[Part, ...]:
     """The MFU split as the FLOPs are; attention that a causal mask needs apart from what MFU counts beyond it."""
     flops = row.numbers("flops")
     causal, recompute = flops.pop("attention_causal", None), flops.pop("recompute", None)
-    total, percent = sum(flops.values()), row.number("mfu_percent") or 0
+    total, percent = sum(flops.values()), row.finite("mfu_percent") or 0
     if not total > 0:
         return ()
     if causal is not None and causal < flops.get("attention", 0):
@@ -236,7 +236,7 @@ def _mfu_parts(row: Row) -> tuple[Part, ...]:
     names = [*(name for name in order if name in flops), *(name for name in flops if name not in order)]
     paints = {name: (order.get(name, "c4"), 0.4 if "masked" in name else 1.0) for name in names}
     parts = [Part(name, percent * flops[name] / total, paints[name]) for name in names]
-    hfu = row.number("hfu_percent")
+    hfu = row.finite("hfu_percent")
     if recompute and hfu is not None and hfu > percent:
         parts.append(Part("recomputed", hfu - percent, ("c5", 0.5)))
     return tuple(parts)
@@ -244,7 +244,7 @@ def _mfu_parts(row: Row) -> tuple[Part, ...]:
 
 def _mfu_text(row: Row) -> str:
     words = (("MFU", "mfu_percent"), ("causal", "mfu_causal_percent"), ("HFU", "hfu_percent"))
-    known = ((name, row.number(fact)) for name, fact in words)
+    known = ((name, row.finite(fact)) for name, fact in words)
     return ", ".join(f"{name} {number_text(value)} %" for name, value in known if value is not None)
 
 
@@ -264,5 +264,5 @@ def _kernel_text(row: Row) -> str:
         ("dma_wait_share", "DMA wait {} %", 100),
         ("spills", "spills {}", 1),
     )
-    known = ((text, row.number(fact), factor) for fact, text, factor in words)
+    known = ((text, row.finite(fact), factor) for fact, text, factor in words)
     return ", ".join(text.format(number_text(value * factor)) for text, value, factor in known if value is not None)

@@ -55,14 +55,17 @@ class Row:
 
     def number(self, name: str) -> float | None:
         """A fact that is a number; None where it is missing or something else, and for every refused row."""
-        value = self.facts.get(name)
-        known = isinstance(value, int | float) and not isinstance(value, bool)
-        return value if known and self.unsupported is None else None
+        return None if self.unsupported is not None else _number(self.facts.get(name))
+
+    def finite(self, name: str) -> float | None:
+        """The same, None where it is NaN or infinite: what can be drawn."""
+        value = self.number(name)
+        return value if value is not None and math.isfinite(value) else None
 
     def numbers(self, prefix: str) -> dict[str, float]:
-        """Those named `prefix/<name>`, by <name>; deeper ones are left out."""
+        """The finite ones named `prefix/<name>`, by <name>; deeper ones are left out."""
         names = (name.removeprefix(f"{prefix}/") for name in self.facts if name.startswith(f"{prefix}/"))
-        found = {name: self.number(f"{prefix}/{name}") for name in names if "/" not in name}
+        found = {name: self.finite(f"{prefix}/{name}") for name in names if "/" not in name}
         return {name: value for name, value in found.items() if value is not None}
 
 
@@ -90,15 +93,14 @@ def row_of(benchmark: Mapping[str, Any]) -> Row:
     stats = benchmark.get("stats") or {}
     name = str(benchmark.get("fullname") or benchmark.get("name") or "without a name")
     basis = str(facts.get("basis", "measured"))
-    seconds = stats.get("median")
-    seconds = float(seconds) if isinstance(seconds, int | float) and facts.get("unsupported") is None else None
-    timed = seconds and basis == "measured" and stats.get("rounds", 0) > 1 and stats.get("iqr") is not None
+    seconds = _number(stats.get("median")) if facts.get("unsupported") is None else None
+    spread = _number(stats.get("iqr")) if basis == "measured" and (_number(stats.get("rounds")) or 0) > 1 else None
     return Row(
         name=name,
         group=str(benchmark.get("group") or name.rpartition("::")[2].split("[")[0].removeprefix("bench_")),
         basis=basis,
         seconds=seconds,
-        spread=stats["iqr"] / seconds if timed else None,
+        spread=spread / seconds if spread is not None and seconds is not None and is_time(seconds) else None,
         facts=facts,
     )
 
@@ -146,7 +148,7 @@ def comparisons(rows: Iterable[Row]) -> list[list[Row]]:
     """Rows of one setting together, fastest first, refused ones last; settings as they ran, but depths ascending."""
     series: dict[tuple[Any, ...], dict[float, list[Row]]] = {}
     for row in rows:
-        depths = series.setdefault((row.basis, *(row.facts.get(name) for name in SETTING if name != DEPTH)), {})
+        depths = series.setdefault((row.basis, *(str(row.facts.get(name)) for name in SETTING if name != DEPTH)), {})
         depths.setdefault(_depth(row), []).append(row)
     return [sorted(found, key=_time_or_last) for depths in series.values() for _, found in sorted(depths.items())]
 
@@ -188,8 +190,12 @@ def _plural(noun: str, count: str) -> str:
 
 
 def _depth(row: Row) -> float:
-    depth = row.facts.get(DEPTH)
-    return depth if isinstance(depth, int | float) else 0
+    depth = _number(row.facts.get(DEPTH))
+    return depth if depth is not None and math.isfinite(depth) else 0
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _time_or_last(row: Row) -> tuple[bool, float]:
