@@ -23,11 +23,12 @@ FONTS = '"DejaVu Sans", "Liberation Sans", "Noto Sans", Arial, Helvetica, sans-s
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a bar. `paint`: which of the style's colours, and how strong."""
+    """A stretch of a bar. paint: which of the style's colours, and how strong. text: its value in words, for the tip."""
 
     name: str
     value: float
-    paint: tuple[str, float] = ("c0", 1.0)
+    paint: tuple[str, float]
+    text: str
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def _bars(panel: Panel, start: float, top: float, room: float) -> str:
 
 
 def _bar(bar: Bar, x: float, top: float, scale: float) -> str:
-    tip = "".join(f"\n{part.name} {part.value:.4g}" for part in bar.parts if len(bar.parts) > 1)
+    tip = "".join(f"\n{part.name} {part.text}" for part in bar.parts if len(bar.parts) > 1)
     marks = [f"<g><title>{escape(f'{bar.label}: {bar.text}{tip}')}</title>"]
     for part in bar.parts:
         width = max(0.0, part.value) * scale

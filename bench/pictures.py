@@ -22,7 +22,7 @@ from bench.results import (
     shared,
     varying,
 )
-from bench.tables import GIB, number_text, time_unit
+from bench.tables import GIB, MIB, number_text, time_unit
 from bench.tpu.kernel import STRIP_UNITS
 from train.plot import Line, line_plot
 
@@ -156,7 +156,7 @@ def depths(rows: Iterable[Row]) -> dict[str, str]:
 
 def _depth_plot(title: str, lines: Mapping[str, Mapping[float, float]]) -> str:
     drawn = [Line(name, sorted(points.items()), i % COLORS) for i, (name, points) in enumerate(lines.items())]
-    return line_plot(title, drawn, x_label="layers", width=640, height=320)
+    return line_plot(title, drawn, x_label="layers", from_zero=True, width=640, height=320)
 
 
 def _add(found: dict[str, Picture], kind: str, title: str, words: str, svg: str | None) -> None:
@@ -185,7 +185,7 @@ def _time_bar(
         return Bar(label, (), "no time")
     ratio = "best" if row.seconds == shortest else f"{row.seconds / shortest:.2f}×"
     text = f"{number_text(row.seconds / size)} {unit} · {ratio}"
-    return Bar(label, (Part(label, row.seconds, colors[label]),), text)
+    return Bar(label, (Part(label, row.seconds, colors[label], text),), text)
 
 
 def _is_refused_step(row: Row) -> bool:
@@ -194,33 +194,33 @@ def _is_refused_step(row: Row) -> bool:
 
 def _hbm_panel(chip: str, rows: Sequence[Row]) -> Panel | None:
     rows = [row for contenders in comparisons(rows) for row in contenders]
-    has = max((row.finite("hbm/available_bytes") or 0 for row in rows), default=0) / GIB
-    names = varying(rows, ("op", "shape", "passes", "dtype", *CONTENDER, DEPTH)) or ["variant", DEPTH]
-    drawn = dict.fromkeys(_hbm_bar(row, _label(row, names), has) for row in rows)  # groups may share their programs
-    most = max(sum(part.value for part in bar.parts) for bar in drawn)
+    has = max(row.finite("hbm/available_bytes") or 0 for row in rows)
+    most = max(row.finite("hbm/reserved_bytes") or 0 for row in rows)
     if most <= 0:
         return None
+    unit, size = ("GiB", GIB) if most >= GIB else ("MiB", MIB)
+    names = varying(rows, ("op", "shape", "passes", "dtype", *CONTENDER, DEPTH)) or ["variant", DEPTH]
+    drawn = list(dict.fromkeys(_hbm_bar(row, _label(row, names), unit, size) for row in rows))  # groups may share rows
     if most >= MUCH_OF_THE_CHIP * has:
-        mark = (has, f"{number_text(has)} GiB available") if has else None
-        return Panel(chip, list(drawn), max(most, has), mark)
-    scale = f"longest bar: {number_text(most)} of {number_text(has)} GiB" if has else ""
-    return Panel(" · ".join(filter(None, (chip, scale))), list(drawn), most)
+        mark = (has, f"{number_text(has / GIB)} GiB available") if has else None
+        return Panel(chip, drawn, max(most, has), mark)
+    return Panel(f"{chip} · of {number_text(has / GIB)} GiB, the longest bar is {100 * most / has:.2g} %", drawn, most)
 
 
-def _hbm_bar(row: Row, label: str, available: float) -> Bar:
+def _hbm_bar(row: Row, label: str, unit: str, size: float) -> Bar:
+    """Its parts in bytes."""
     if row.unsupported is not None:
         return Bar(label, (), "unsupported")
     known = [(name, row.finite(fact) or 0, paint) for name, fact, paint in HBM_PARTS]
-    drawn = {fact for _, fact, _ in HBM_PARTS}
-    for name, size in row.numbers("hbm/arguments").items():
-        if f"hbm/arguments/{name}" not in drawn:
-            known.append((name.removesuffix("_bytes"), size, ("c5", 0.65)))
-    results = (row.finite("hbm/reserved_bytes") or 0) - sum(size for _, size, _ in known)
-    known.append(("results", max(0, results), ("c2", 0.45)))
-    parts = [Part(name, size / GIB, paint) for name, size, paint in known]
-    total = sum(part.value for part in parts)
-    share = f" · {number_text(100 * total / available)} %" if available else ""
-    return Bar(label, tuple(parts), f"{number_text(total)} GiB{share}")
+    named = {fact for _, fact, _ in HBM_PARTS}
+    for name, value in row.numbers("hbm/arguments").items():
+        if f"hbm/arguments/{name}" not in named:
+            known.append((name.removesuffix("_bytes"), value, ("c5", 0.65)))
+    reserved, has = row.finite("hbm/reserved_bytes") or 0, row.finite("hbm/available_bytes")
+    known.append(("results", max(0, reserved - sum(value for _, value, _ in known)), ("c2", 0.45)))
+    parts = tuple(Part(name, value, paint, f"{number_text(value / size)} {unit}") for name, value, paint in known)
+    share = f" · {number_text(100 * reserved / has)} %" if has else ""
+    return Bar(label, parts, f"{number_text(reserved / size)} {unit}{share}")
 
 
 def _mfu_parts(row: Row) -> tuple[Part, ...]:
@@ -235,11 +235,11 @@ def _mfu_parts(row: Row) -> tuple[Part, ...]:
     order = {"projections": "c0", "attention": "c1", "attention, masked out": "c1", "mlp": "c2", "head": "c3"}
     names = [*(name for name in order if name in flops), *(name for name in flops if name not in order)]
     paints = {name: (order.get(name, "c4"), 0.4 if "masked" in name else 1.0) for name in names}
-    parts = [Part(name, percent * flops[name] / total, paints[name]) for name in names]
+    parts = [(name, percent * flops[name] / total, paints[name]) for name in names]
     hfu = row.finite("hfu_percent")
     if recompute and hfu is not None and hfu > percent:
-        parts.append(Part("recomputed", hfu - percent, ("c5", 0.5)))
-    return tuple(parts)
+        parts.append(("recomputed", hfu - percent, ("c5", 0.5)))
+    return tuple(Part(name, share, paint, f"{share:.4g} %") for name, share, paint in parts)
 
 
 def _mfu_text(row: Row) -> str:

@@ -22,7 +22,8 @@ from train.rundir import write_atomically
 log = logging.getLogger(__name__)
 
 STYLE = """
-main { max-width: 1180px; } .number { text-align: right; } thead th { vertical-align: bottom; border-bottom: 1px solid var(--edge); }
+main { max-width: 1180px; } .number { text-align: right; }
+thead th { vertical-align: bottom; border-bottom: 1px solid var(--edge); }
 td, th { padding: 5px 14px 5px 0; white-space: nowrap; } .card { margin-top: 14px; overflow-x: auto; }
 tbody tr:not(.start) > * { border-top: 0; } .card .plot { min-width: 720px; }
 .note { color: var(--soft); margin: 0 0 8px; }

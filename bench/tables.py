@@ -157,7 +157,7 @@ def _table(group: str, basis: str, rows: Sequence[Row], before: Mapping[str, Map
         timing.append(Column("against", "the best", list(map(_against_best, rows, shortest))))
     for title, times in before.items():
         cells = [_ratio(row.seconds, times.get(row.name)) for row in rows]
-        timing.append(Column(f"against {title}", "", cells))
+        timing.append(Column("against", title, cells))
     return Table(
         title=f"{group}: {BASES.get(basis, basis)}",
         common=describe(rows[0], shared(rows, stated)),
@@ -219,7 +219,7 @@ def _divided(value: float | None, size: float) -> float | None:
 
 
 def _one_line(column: Column) -> Column:
-    return replace(column, cells=[shorten(cell, _LONGEST_CELL) for cell in column.cells])
+    return replace(column, unit=shorten(column.unit, 20), cells=[shorten(cell, _LONGEST_CELL) for cell in column.cells])
 
 
 def _said_above(columns: Sequence[Column], position: int, i: int) -> bool:
