@@ -23,7 +23,7 @@ FONTS = '"DejaVu Sans", "Liberation Sans", "Noto Sans", Arial, Helvetica, sans-s
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a bar. paint: which of the style's colours, and how strong. text: its value in words, for the tip."""
+    """A stretch of a bar. paint: which of the style's colours, and how strong. text: its value in words."""
 
     name: str
     value: float
