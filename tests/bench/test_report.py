@@ -130,6 +130,7 @@ def test_the_parts_of_the_mfu_add_up_to_it():
         t.text for t in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}title") if t.text.startswith("base:")
     )
     parts = {name: float(share) for name, share in re.findall(r"^(.*) (\S+) %$", tip, re.M) if name[:4] != "base"}
+    assert [*parts] == ["projections", "attention", "attention, masked out", "mlp", "head", "recomputed"]
     assert sum(share for name, share in parts.items() if name != "recomputed") == pytest.approx(18 / 0.41, rel=1e-3)
     assert sum(parts.values()) == pytest.approx(22.3 / 0.41, rel=1e-3)
     assert parts["attention"] == pytest.approx(parts["attention, masked out"], rel=1e-3)
