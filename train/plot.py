@@ -51,11 +51,13 @@ def line_plot(
     *,
     levels: Sequence[tuple[str, float]] = (),
     x_label: str = "step",
+    from_zero: bool = False,
     width: int = 500,
     height: int = 280,
 ) -> str:
     """An inline <svg> with axes, ticks, a legend, named dashed `levels`, and the values under the pointer.
 
+    from_zero: the y axis holds zero, so that heights compare.
     It takes its colours from `PLOT_STYLE`, once per page; `standalone` makes a file of it.
     """
     lines = [Line(line.name, thin(line.points), line.color, line.faint) for line in lines if line.points]
@@ -64,7 +66,7 @@ def line_plot(
     if not lines:
         return f'{head}<text class="middle" x="{width / 2}" y="{height / 2}">nothing logged yet</text></svg>'
     xs = [x for line in lines for x, _ in line.points]
-    ys = [y for line in lines for _, y in line.points] + [y for _, y in levels]
+    ys = [y for line in lines for _, y in line.points] + [y for _, y in levels] + [0.0] * from_zero
     x_scale = Scale.over(xs, LEFT, width - RIGHT, margin=0.0)
     y_scale = Scale.over(ys, height - BOTTOM, TOP, margin=0.06)
     frame = _axes(x_scale, y_scale, x_label) + _legend([line for line in lines if not line.faint])
