@@ -82,11 +82,12 @@ def make_train_step(optimizer: Optimizer, trainer: GrugTrainerConfig):
             )
 
         (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = eqx.apply_updates(state.params, updates)
-        ema_params = state.ema_params
-        if (beta := trainer.ema_beta) is not None:
-            ema_params = jax.tree.map(lambda old, new: beta * old + (1 - beta) * new, ema_params, params)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = eqx.apply_updates(state.params, updates)
+            ema_params = state.ema_params
+            if (beta := trainer.ema_beta) is not None:
+                ema_params = jax.tree.map(lambda old, new: beta * old + (1 - beta) * new, ema_params, params)
         metrics = {
             "train/loss": loss,
             "train/cross_entropy": parts.cross_entropy,
