@@ -108,7 +108,7 @@ def read_trace(session: Path) -> Trace:
 
     Raises:
       ModuleNotFoundError: xprof is not installed.
-      ValueError: no operation is in it.
+      ValueError: a file is no trace, or no operation is in any.
     """
     if importlib.util.find_spec("xprof") is None:
         raise ModuleNotFoundError("bench.trace needs xprof, which is not installed: uv sync --extra prof", name="xprof")
@@ -121,7 +121,12 @@ def read_trace(session: Path) -> Trace:
         steps: set[int] = set()
         on_host: list[Operation] = []
         for file in files:
-            found, times = _host_events(file)
+            try:
+                found, times = _host_events(file)
+            except RuntimeError as error:  # a run killed while it wrote
+                raise ValueError(
+                    f"{session / file.name} is no trace: {error}. Delete it, and profile again."
+                ) from error
             steps |= found
             on_host += _named_operations(file, times)
         on_device = _device_operations(files)
@@ -259,7 +264,7 @@ def text_of(trace: Trace, top: int) -> str:
         lines.append(row([operation], operation.scope, f"{operation.program}: " * several + str(operation)))
     if len(trace.operations) > top:
         rest = list(trace.operations[top:])
-        lines.append(row(rest, f"({len(rest)} more operations)", ""))
+        lines.append(row(rest, f"({len(rest)} more)", ""))
 
     by_scope: dict[str, list[Operation]] = defaultdict(list)
     for operation in trace.operations:
@@ -270,11 +275,11 @@ def text_of(trace: Trace, top: int) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.trace", description="Where a profiled run's time went.")
     parser.add_argument("folder", type=Path, help="of a run, or of a session of its profiler")
     parser.add_argument("--top", type=int, default=20, help="operations to list (20)")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     try:
         session, sessions = find_session(options.folder)
         if sessions > 1:

@@ -271,7 +271,8 @@ class Meter:
 
         steps = [step for step, _ in self._pending]
         with _named("waiting"):
-            values = jax.device_get([metrics for _, metrics in self._pending])
+            # On all devices: to read a number, one that has it would do, while the others are still at work.
+            values = jax.device_get(jax.block_until_ready([metrics for _, metrics in self._pending]))
         seconds = perf_counter() - self._window_start
         self._pending.clear()
         with self.hooks():
