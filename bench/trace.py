@@ -118,26 +118,24 @@ def read_trace(session: Path) -> Trace:
         files = [Path(scratch) / file.name for file in sorted(session.glob("*.xplane.pb"))]
         for file in files:
             file.symlink_to((session / file.name).resolve())
-        steps: set[int] = set()
-        on_host: list[Operation] = []
-        for file in files:
-            try:
-                found, times = _host_events(file)
-            except RuntimeError as error:  # a run killed while it wrote
-                raise ValueError(
-                    f"{session / file.name} is no trace: {error}. Delete it, and profile again."
-                ) from error
-            steps |= found
-            on_host += _named_operations(file, times)
+        try:
+            hosts = [_host_events(file) for file in files]
+        except RuntimeError as error:  # a run killed while it wrote
+            raise ValueError(f"a trace in {session} cannot be read: {error}. Delete it, and profile again.") from error
         on_device = _device_operations(files)
-    operations = on_device or on_host
+        operations = on_device or [
+            operation
+            for file, (_, times) in zip(files, hosts, strict=True)
+            for operation in _named_operations(file, times)
+        ]
     if not operations:
         raise ValueError(
             f"{session} holds no operation of any program: nothing ran on the devices while the trace was made. Profile"
             " steps of a run that trains; xprof's trace viewer shows what the host did."
         )
     longest_first = tuple(sorted(operations, key=lambda operation: -operation.milliseconds))
-    return Trace(session, tuple(sorted(steps)), longest_first, is_host=not on_device)
+    steps = sorted({step for marked, _ in hosts for step in marked})
+    return Trace(session, tuple(steps), longest_first, is_host=not on_device)
 
 
 def _device_operations(files: list[Path]) -> list[Operation]:

@@ -41,9 +41,15 @@ planes { id: 1 name: "/device:TPU:0"
 }
 planes { id: 2 name: "/host:CPU"
   lines { id: 1 name: "python" timestamp_ns: 1000
-    events { metadata_id: 1 duration_ps: 100000000 stats { metadata_id: 1 int64_value: 7 } } }
+    events { metadata_id: 1 duration_ps: 100000000 stats { metadata_id: 1 int64_value: 7 } }
+    events { metadata_id: 2 duration_ps: 900000000 stats { metadata_id: 2 str_value: "offloaded" }
+      stats { metadata_id: 3 str_value: "jit_host" } stats { metadata_id: 4 int64_value: 9 } } }
   event_metadata { key: 1 value { id: 1 name: "train" } }
+  event_metadata { key: 2 value { id: 2 name: "offloaded" } }
   stat_metadata { key: 1 value { id: 1 name: "step_num" } }
+  stat_metadata { key: 2 value { id: 2 name: "hlo_op" } }
+  stat_metadata { key: 3 value { id: 3 name: "hlo_module" } }
+  stat_metadata { key: 4 value { id: 4 name: "program_id" } }
 }
 """
 
@@ -148,10 +154,10 @@ def test_a_trace_of_nothing_says_so(tmp_path, capsys):
     assert "holds no operation of any program" in fails(capsys, str(tmp_path))
 
 
-def test_a_file_that_is_no_trace_is_named(tmp_path, capsys):
+def test_a_session_with_a_file_that_is_no_trace_is_named(tmp_path, capsys):
     session = write_session(tmp_path, "torn", TPU)
     (session / "host.xplane.pb").write_bytes(b"\x0a\xff half a trace")
-    assert f"{session}/host.xplane.pb" in fails(capsys, str(tmp_path))
+    assert f"a trace in {session} cannot be read" in fails(capsys, str(tmp_path))
 
 
 def test_without_xprof_the_way_to_it_is_said(tmp_path, capsys, monkeypatch):
