@@ -223,7 +223,8 @@ class Meter:
         """Around waiting for the next batch."""
         start = perf_counter()
         try:
-            yield
+            with _named("loading"):
+                yield
         finally:
             self._loading_seconds += perf_counter() - start
             self._start_window_if_idle()
@@ -233,7 +234,8 @@ class Meter:
         """Around everything that is done after a step: evaluation, checkpoints, logging."""
         self._hooks_mark = perf_counter()
         try:
-            yield
+            with _named("hooks"):
+                yield
         finally:
             # A flush inside moves the mark: waiting for the devices is no hook's time, and no second counts twice.
             self._hook_seconds += perf_counter() - self._hooks_mark
@@ -270,7 +272,9 @@ class Meter:
         import jax
 
         steps = [step for step, _ in self._pending]
-        values = jax.device_get([metrics for _, metrics in self._pending])
+        with _named("waiting"):
+            # On all devices: to read a number, one that has it would do, while the others are still at work.
+            values = jax.device_get(jax.block_until_ready([metrics for _, metrics in self._pending]))
         seconds = perf_counter() - self._window_start
         self._pending.clear()
         with self.hooks():
@@ -318,6 +322,13 @@ class Meter:
                 error = NonFiniteLossError(step, row[metric], batch_size=self._batch_size, metric=metric)
                 self._tracker.log_summary({"run/failed_step": step, "run/failure": str(error)})
                 raise error
+
+
+def _named(name: str) -> contextlib.AbstractContextManager[Any]:
+    """The time inside carries `name` where a trace is being made."""
+    import jax
+
+    return jax.profiler.TraceAnnotation(name)
 
 
 def _constants(flops: TokenFlops, seq_len: int, peak: "Peak | None") -> dict[str, Any]:

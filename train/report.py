@@ -84,7 +84,7 @@ def _bits_plot(history: History) -> str:
 
 
 def _plots(history: History) -> str:
-    speed = [(step, y) for step, y in history.series("throughput/tokens_per_second") if step not in history.warm_up]
+    speed = history.typical("throughput/tokens_per_second")
     small = [
         _bits_plot(history),
         line_plot("Tokens per second", [Line("tokens/s", speed, 2)]),

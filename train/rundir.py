@@ -22,6 +22,7 @@ UNVERSIONED = (
     "tracker",
     "checkpoint",
     "eval",
+    "profile",
     "data.cache_dir",
     "trainer.log_every",
     "trainer.load_checkpoint",
@@ -33,7 +34,7 @@ UNVERSIONED = (
 
 @dataclass(frozen=True)
 class RunDir:
-    """`path` holds checkpoints/, metrics.jsonl, config.json, summary.json and report.html."""
+    """`path` holds checkpoints/, metrics.jsonl, config.json, summary.json, report.html, and the traces in profiler/."""
 
     run_id: str
     path: Path
@@ -43,6 +44,10 @@ class RunDir:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def profiler(self) -> Path:
+        return self.path / "profiler"
 
     def describe(self, batch_size: int) -> Callable[[int], dict[str, Any]]:
         """What a checkpoint after `step` steps says of its run."""
@@ -119,6 +124,12 @@ def check_fit(config: Any) -> None:
         raise ValueError(
             f"trainer.seq_len={config.trainer.seq_len} is longer than model.max_seq_len={config.model.max_seq_len}."
             " Cut the sequences, or train with a larger max_seq_len."
+        )
+    if config.profile.window and "://" in str(config.output_path):
+        raise ValueError(
+            f"--profile cannot write to output_path={config.output_path}: the profiler knows local paths only, and"
+            " traces go to <output_path>/profiler. Choose a local --output-path, or leave --profile.start and"
+            " --profile.steps out."
         )
 
 

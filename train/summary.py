@@ -47,11 +47,16 @@ class History:
     summary: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     warm_up: set[int] = field(default_factory=set)  # rows that time a process's first window, compilation included
+    profiled: set[int] = field(default_factory=set)  # steps that were traced, which slows them down
 
     def series(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of a metric in order of steps, where it is a finite number."""
         points = [(step, row[name]) for step, row in sorted(self.rows.items()) if name in row]
         return [(step, value) for step, value in points if isinstance(value, int | float) and math.isfinite(value)]
+
+    def typical(self, name: str) -> list[tuple[int, float]]:
+        """`series` of a throughput metric, without the windows that warm up and those that were profiled."""
+        return [(step, value) for step, value in self.series(name) if step not in self.warm_up | self.profiled]
 
     def names(self) -> list[str]:
         return sorted({name for row in self.rows.values() for name in row})
@@ -86,9 +91,12 @@ def read_history(run_dir: Path | str) -> History:
             history.summary |= metrics
             if "run/start_step" in metrics:  # a process starts or resumes
                 history.rows = {step: row for step, row in history.rows.items() if step <= metrics["run/start_step"]}
+                history.profiled = {step for step in history.profiled if step <= metrics["run/start_step"]}
                 warming_up = True
                 for stale in ("run/failed_step", "run/failure"):
                     history.summary.pop(stale, None)
+            if "profile/first_step" in metrics:
+                history.profiled |= {*range(metrics["profile/first_step"], metrics["profile/last_step"] + 1)}
         elif kind == "log" and event["step"] is not None:
             step = event["step"]
             history.rows.setdefault(step, {}).update(metrics)
@@ -132,6 +140,7 @@ def collect(history: History) -> dict[str, Any]:
         "device_kind": summary.get("throughput/device_kind"),
         "device_count": summary.get("throughput/device_count"),
         "compile_seconds": summary.get("compile/seconds"),
+        "profile": _profile(summary),
     }
 
 
@@ -153,8 +162,8 @@ def _last_and_best(history: History, metric: str) -> dict[str, Any] | None:
 
 
 def _throughput(history: History) -> dict[str, Any] | None:
-    """Medians over the windows after the first of each process, and every number that MFU is made of."""
-    windows = [value for step, value in history.series("throughput/examples_per_second") if step not in history.warm_up]
+    """Medians over the windows that warm nothing up and were not profiled, and every number that MFU is made of."""
+    windows = [value for _, value in history.typical("throughput/examples_per_second")]
     if not windows:
         return None
     examples_per_second, summary = median(windows), history.summary
@@ -172,6 +181,11 @@ def _throughput(history: History) -> dict[str, Any] | None:
         "mfu_causal_percent": 100 * per_token["causal"] * tokens_per_second / peak if peak else None,
         "hfu_percent": 100 * per_token["executed"] * tokens_per_second / peak if peak else None,
     }
+
+
+def _profile(summary: Mapping[str, Any]) -> dict[str, Any] | None:
+    names = ("first_step", "last_step", "folder")
+    return {name: summary[f"profile/{name}"] for name in names} if "profile/first_step" in summary else None
 
 
 def _kernels(summary: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -206,6 +220,7 @@ def _sections(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("tokens/s", tokens_text(facts["throughput"])),
         ("MFU", mfu_text(facts)),
         ("kernels", "\n".join(kernel_text(kernel) for kernel in facts["kernels"]) or "none recorded"),
+        *([("profile", profile_text(facts["profile"]))] if facts["profile"] else []),
         ("compile", clock(facts["compile_seconds"]) if facts["compile_seconds"] is not None else "not measured"),
         ("wall time", clock(facts["wall_seconds"])),
         ("checkpoint", facts["checkpoint"] or "none was saved"),
@@ -231,7 +246,7 @@ def bits_per_byte_text(bits: Mapping[str, Any]) -> str:
 
 def tokens_text(throughput: Mapping[str, Any] | None) -> str:
     if throughput is None:
-        return "not measured: the first logged window warms up, and there was no second"
+        return "not measured: the first logged window warms up, and there was no second that was not profiled"
     return f"{si(throughput['tokens_per_second'])}, median of {throughput['windows']} windows (the first warms up)"
 
 
@@ -252,6 +267,11 @@ def mfu_text(facts: Mapping[str, Any]) -> str:
         f" {throughput['hfu_percent']:.1f} % with what is computed twice\n"
         f"peak of one {facts['device_kind']}: {throughput['peak_source']}"
     )
+
+
+def profile_text(profile: Mapping[str, Any]) -> str:
+    steps = f"steps {profile['first_step']} to {profile['last_step']}, left out of tokens/s and MFU"
+    return f"{steps}, are in {profile['folder']}"
 
 
 def kernel_text(kernel: Mapping[str, str]) -> str:

@@ -91,6 +91,7 @@ def _attention(static: _Static, q, k, v, sinks, intervals):
     return _forward(static, q, k, v, sinks, intervals)[0]
 
 
+@jax.named_scope("attention_forward")
 def _forward(static: _Static, q, k, v, sinks, intervals):
     num_kv_heads = k.shape[2]
     block_q, block_kv = static.block_sizes.block_q, static.block_sizes.block_kv
@@ -112,6 +113,7 @@ def _forward(static: _Static, q, k, v, sinks, intervals):
     return (out, lse), (q, k, v, sinks, intervals, largest)
 
 
+@jax.named_scope("attention_backward")
 def _backward(static: _Static, residuals, cotangents):
     """With p = exp(score - largest) / total and delta = sum p * (dout . v): dscore = p * (dout . v - delta + dlse); and
     a sink has no v, so that dsink = -sum p_sink * (delta - dlse)."""

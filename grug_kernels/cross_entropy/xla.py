@@ -18,6 +18,7 @@ from grug_kernels.cross_entropy.settings import LossSettings, Shards
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
+@jax.named_scope("cross_entropy_forward")
 def weighted_losses(hidden, lm_head, labels, weight, settings: LossSettings):
     """-> float32 sums over all tokens of all devices, weighted: the whole loss; of it, cross-entropy; of it, z-loss.
 
@@ -35,6 +36,7 @@ def weighted_losses(hidden, lm_head, labels, weight, settings: LossSettings):
     return _weighted_sums(losses, weight, settings.shards)[0]
 
 
+@jax.named_scope("cross_entropy_with_gradients")
 def _forward_with_gradients(hidden, lm_head, labels, weight, settings: LossSettings):
     """The weights of the sum are known before the logits, so each block's gradients are made beside its loss.
 
@@ -64,6 +66,7 @@ def _forward_with_gradients(hidden, lm_head, labels, weight, settings: LossSetti
     return sums, (dhidden, dlm_head, dweight)
 
 
+@jax.named_scope("cross_entropy_scale_gradients")
 def _scale_gradients(settings: LossSettings, gradients, cotangents):
     dloss, _, _ = cotangents  # the parts are for looking at
     dhidden, dlm_head, dweight = ((dloss * gradient).astype(gradient.dtype) for gradient in gradients)
@@ -73,6 +76,7 @@ def _scale_gradients(settings: LossSettings, gradients, cotangents):
 weighted_losses.defvjp(_forward_with_gradients, _scale_gradients)
 
 
+@jax.named_scope("cross_entropy_token_losses")
 def token_losses(hidden, lm_head, labels, settings: LossSettings):
     """-> loss, lse [tokens] float32, argmax [tokens] int32. A label outside the vocabulary picks a logit of 0.
 

@@ -34,6 +34,7 @@ class ArrayStacked[Block]:
 
         return init_layers
 
+    @jax.named_scope("stacked_layers")
     def fold(self, carry: Any, *shared: Any, per_layer: Any = None, remat: str = "none", unroll: int = 1) -> Any:
         """carry = block_i(carry, *shared[, per_layer[i]]) for every layer i in turn; returns the last carry.
 

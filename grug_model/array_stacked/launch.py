@@ -10,6 +10,7 @@ from train.data import DataConfig
 from train.evaluate import GrugEvalConfig
 from train.metrics import TrackerConfig
 from train.optimizer import GrugOptimizerConfig
+from train.profile import ProfileConfig
 
 from .model import GrugModelConfig
 
@@ -27,6 +28,7 @@ class GrugBaseLaunchConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: GrugEvalConfig = field(default_factory=GrugEvalConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     # None: GRUG_RUN_ID, or the variant and a hash of this configuration, so that the same command goes on with its run.
     run_id: str | None = None
     # None: runs/<run_id>

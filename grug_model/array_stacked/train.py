@@ -32,6 +32,7 @@ from train.mesh import create_mesh
 from train.metrics import Meter, RunTracker, start_tracker
 from train.optimizer import Optimizer, hyperparameters
 from train.outcome import advice_on_failure, already_finished, baselines, finish
+from train.profile import Profile
 from train.progress import Progress, phase
 from train.rundir import as_dict, check_fit, check_vocab_size, open_run
 from train.sample import sample
@@ -82,11 +83,12 @@ def make_train_step(optimizer: Optimizer, trainer: GrugTrainerConfig):
             )
 
         (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = eqx.apply_updates(state.params, updates)
-        ema_params = state.ema_params
-        if (beta := trainer.ema_beta) is not None:
-            ema_params = jax.tree.map(lambda old, new: beta * old + (1 - beta) * new, ema_params, params)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = eqx.apply_updates(state.params, updates)
+            ema_params = state.ema_params
+            if (beta := trainer.ema_beta) is not None:
+                ema_params = jax.tree.map(lambda old, new: beta * old + (1 - beta) * new, ema_params, params)
         metrics = {
             "train/loss": loss,
             "train/cross_entropy": parts.cross_entropy,
@@ -147,11 +149,15 @@ def run_grug(variant: str, config: "GrugBaseLaunchConfig") -> None:
         if state.step >= trainer.steps and run.is_summarised:
             return already_finished(run, int(state.step))
         run.write_config(config)
-        with start_tracker(run.path, run.run_id, as_dict(config), config.tracker) as tracker, advice_on_failure(run):
+        with (
+            start_tracker(run.path, run.run_id, as_dict(config), config.tracker) as tracker,
+            advice_on_failure(run),
+            Profile(config.profile, run.profiler, tracker) as profile,
+        ):
             checkpoints = Checkpoints(
                 run.checkpoints, config.checkpoint, metadata=run.describe(trainer.batch_size), resumed=resumed
             )
-            state = train(config, data, optimizer, mesh, state, tracker, checkpoints)
+            state = train(config, data, optimizer, mesh, state, tracker, checkpoints, profile)
 
             def logits(params, tokens):
                 return params.logits(tokens, AttentionMask(causal=True))
@@ -168,6 +174,7 @@ def train(
     state: GrugTrainState,
     tracker: RunTracker,
     checkpoints: Checkpoints,
+    profile: Profile,
 ) -> GrugTrainState:
     """Every step from `state` to the last one: load, step, log, sometimes save, sometimes evaluate."""
     trainer, batch_size, seq_len = config.trainer, config.trainer.batch_size, config.trainer.seq_len
@@ -197,7 +204,7 @@ def train(
         batches = chain([first], batches)
         if start and is_evaluated(start):  # perhaps not yet: the run may have been stopped between save and evaluation
             tracker.log(evaluations(state, evaluate, config.eval), step=start)
-        for step in range(start + 1, trainer.steps + 1):
+        for step in profile.steps(range(start + 1, trainer.steps + 1), meter, bar.say):
             with meter.loading():
                 batch = next(batches)
             state, metrics = train_step(state, batch)

@@ -93,6 +93,7 @@ class RMSNorm(eqx.Module):
     def init(cfg: GrugModelConfig) -> "RMSNorm":
         return RMSNorm(scale=jnp.ones(cfg.hidden_dim, out_sharding=P(None)), eps=cfg.layer_norm_eps)
 
+    @jax.named_scope("norm")
     def __call__(self, x: Float[Array, "batch seq_len hidden_dim"]) -> Float[Array, "batch seq_len hidden_dim"]:
         wide = x.astype(jnp.float32)
         inverse_rms = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
@@ -130,6 +131,7 @@ class Attention(eqx.Module):
             rope_theta=cfg.rope_theta,
         )
 
+    @jax.named_scope("attention_layer")
     def __call__(
         self, x: Float[Array, "batch seq_len hidden_dim"], mask: AttentionMask
     ) -> Float[Array, "batch seq_len hidden_dim"]:
@@ -156,6 +158,7 @@ class MLP(eqx.Module):
             w_down=init_weight(down_key, (f, d), fan_in=f, spec=P("model", "data")),
         )
 
+    @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "batch seq_len hidden_dim"]) -> Float[Array, "batch seq_len hidden_dim"]:
         wide = P(BATCH, None, "model")
         gate = jnp.einsum("btd,df->btf", x, self.w_gate.astype(x.dtype), out_sharding=wide)
@@ -217,8 +220,9 @@ class Transformer(eqx.Module):
                 " Cut the sequences, or train with a larger max_seq_len."
             )
         # Whole rows on every device make the lookup local; the gradient is summed back onto the shards.
-        embed = jax.reshard(self.token_embed.astype(self.config.compute_dtype), P(None, None))
-        x = embed.at[tokens].get(out_sharding=P(BATCH, None, None))
+        with jax.named_scope("embedding"):
+            embed = jax.reshard(self.token_embed.astype(self.config.compute_dtype), P(None, None))
+            x = embed.at[tokens].get(out_sharding=P(BATCH, None, None))
         layer = rematerialised(Block.__call__, self.config.remat, in_scan=False)
         for block in self.blocks:
             x = layer(block, x, mask)

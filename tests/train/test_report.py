@@ -114,6 +114,18 @@ def test_the_first_window_of_every_process_is_a_warm_up(tmp_path):
     assert read_history(tmp_path).warm_up == {10, 30}
 
 
+def test_profiled_windows_are_not_typical_until_their_steps_are_run_again(tmp_path):
+    rows = [log_event(step, throughput__duration=1.0) for step in (10, 20, 23, 30)]
+    profiled = summary_event(profile__first_step=21, profile__last_step=23, profile__folder="runs/a/profiler")
+    write_events(tmp_path, [summary_event(run__start_step=0), *rows, profiled])
+    assert read_history(tmp_path).typical("throughput/duration") == [(20, 1.0), (30, 1.0)]
+    again = [log_event(step, throughput__duration=2.0) for step in (22, 23)]
+    write_events(
+        tmp_path, [summary_event(run__start_step=0), *rows, profiled, summary_event(run__start_step=20), *again]
+    )
+    assert read_history(tmp_path).typical("throughput/duration") == [(20, 1.0), (23, 2.0)]
+
+
 def test_a_row_torn_by_a_kill_is_counted_and_skipped(tmp_path, caplog):
     write_events(tmp_path, [log_event(1, train__loss=3.0)], tail='[1]\n{"event": "log", "step": 2, "met')
     assert read_history(tmp_path).rows == {1: {"train/loss": 3.0}}
