@@ -20,7 +20,7 @@ _INSTRUCTION = re.compile(r"^\s*(ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 _TABLE_ROW = re.compile(r"(\d+) (.*)")
 # Files that pass calls on: a frame in one of them does not say what an operation is for.
-_PASSES_ON = ("dispatch", "api", "array_stacked", "remat", "sharding", "train", "settings")
+_PASSES_ON = ("dispatch", "api", "array_stacked", "remat", "sharding", "settings")
 # Folder -> what its operations are for: ours, and those of Levanter and JAX with kernels for the same.
 _SCOPES = {
     "attention": "attention",
@@ -116,23 +116,52 @@ class Module:
                 return "optimizer"
             if scope := _SCOPES.get(path.parent.name):
                 return scope
-            if path.stem not in _PASSES_ON and path.parent.name != "tpu" and "site-packages" not in path.parts:
+            if path.stem in _PASSES_ON or path.parent.name == "tpu" or "site-packages" in path.parts:
+                continue
+            if path.suffix == ".py":
                 return f"model.{function.split('.')[0]}" if path.stem == "model" else path.stem
         return "other"
 
     def constants(self) -> dict[str, tuple[np.ndarray, str]]:
-        """Integer arrays known at compile time: name -> (values, printed layout), copies and broadcasts followed."""
+        """Integer arrays known at compile time: name -> (values, printed layout), followed through copies, broadcasts
+        and loops that hand them on unchanged."""
         known: dict[str, tuple[np.ndarray, str]] = {}
-        for instructions in self.computations.values():
-            for instruction in instructions:
-                values = None
-                if instruction.opcode == "constant":
-                    values = arrays.constant(instruction.shape, instruction.rest.split(")")[0])
-                if instruction.opcode in _CARRIED and instruction.operands and instruction.operands[0] in known:
-                    values = arrays.reshaped(known[instruction.operands[0]][0], instruction.shape)
-                if values is not None:
-                    known[instruction.name] = values, arrays.layout_of(instruction.shape)
+        self._follow(self.entry, known)
         return known
+
+    def _follow(self, computation: str, known: dict[str, tuple[np.ndarray, str]]) -> None:
+        instructions = {instruction.name: instruction for instruction in self.computations[computation]}
+        for instruction in instructions.values():
+            values = None
+            if instruction.opcode == "constant":
+                values = arrays.constant(instruction.shape, instruction.rest.split(")")[0])
+            elif instruction.opcode in _CARRIED and instruction.operands and instruction.operands[0] in known:
+                values = arrays.reshaped(known[instruction.operands[0]][0], instruction.shape)
+            if values is not None:
+                known[instruction.name] = values, arrays.layout_of(instruction.shape)
+            if instruction.opcode == "while":
+                body = instruction.called("body")[0]
+                start = instructions.get(instruction.operands[0])
+                if start is not None and start.opcode == "tuple":
+                    for index, name in self._handed_on(body):
+                        if start.operands[index] in known:
+                            known[name] = known[start.operands[index]]
+                self._follow(body, known)
+            for callee in (*instruction.called("to_apply"), *instruction.branches()):
+                if instruction.opcode in ("call", "conditional"):
+                    self._follow(callee, known)
+
+    def _handed_on(self, body: str) -> list[tuple[int, str]]:
+        """(index, name) of the elements of a loop's state that its body reads and returns as they are."""
+        instructions = self.computations[body]
+        elements = {i.name: int(i.rest.split("index=")[1].split(",")[0]) for i in instructions if _is_element(i)}
+        result = next((i for i in instructions if i.is_root), instructions[-1])
+        unchanged = {index for index, name in enumerate(result.operands) if elements.get(name) == index}
+        return [(index, name) for name, index in elements.items() if index in unchanged]
+
+
+def _is_element(instruction: Instruction) -> bool:
+    return instruction.opcode == "get-tuple-element" and "index=" in instruction.rest
 
 
 def parse(text: str, trips: Trips | None = None) -> Module:

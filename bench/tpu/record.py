@@ -24,9 +24,10 @@ from bench.tpu.topology import Topology
 from grug_kernels import chips, dispatch
 
 # What a stage raises when it cannot do what is asked of it. Lowering a Pallas kernel raises what it likes: ValueError,
-# NotImplementedError, a class of its own. Errors in tracing are the caller's own, but for a kernel's refusal.
+# NotImplementedError, a class of its own. Errors in tracing are the caller's own, but for a kernel's refusal: ours
+# are `dispatch.UnsupportedError`s, which are NotImplementedErrors, and so are those of others.
 _REFUSALS: dict[Stage, type[Exception]] = {
-    "trace": dispatch.UnsupportedError,
+    "trace": NotImplementedError,
     "lower": Exception,
 }
 

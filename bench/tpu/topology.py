@@ -74,6 +74,10 @@ class Topology:
         return min(self.chip.hbm_bytes, _CHIPS[self.chip.name].hbm_gib * chips.GIB)
 
     @property
+    def num_chips(self) -> int:
+        return len({tuple(device.coords) for device in self.devices})
+
+    @property
     def links_per_chip(self) -> int:
         """Two along each axis that chips of this kind are wired along: six in three dimensions, four in two."""
         return 2 * _CHIPS[self.chip.name].smallest.count("x") + 2
