@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same model with Levanter's grug pieces in place of ours: attention, loss and, where layers are stacked, its stack.
+"""The same model with Levanter's grug pieces in place of ours: attention, loss and, of stacked layers, the stack.
 
-Levanter picks what it runs, and in what blocks, by the machine's own devices: to compile for a TPU on a CPU, it is shown
+Levanter picks what it runs, and in what blocks, by the machine's devices: to compile for a TPU on a CPU, it is shown
 those of the TPU.
 """
 
@@ -54,7 +54,9 @@ class ArrayStacked:
             def fold(self, carry: Any, *shared: Any, remat: str) -> Any:
                 policies = {"none": False, "full": True}
                 if remat not in policies:
-                    raise ValueError(f"levanter_grug.ArrayStacked: remat={remat!r}; Levanter's stack has none and full.")
+                    raise ValueError(
+                        f"levanter_grug.ArrayStacked: remat={remat!r}; Levanter's stack has none and full."
+                    )
                 policy = type(self.gradient_checkpointing)._mk(policies[remat])
                 stack = dataclasses.replace(self, gradient_checkpointing=policy)
                 return LevanterStacked.fold(stack, carry, *shared)

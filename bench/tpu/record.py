@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
-
 from bench.timing import commit
 from bench.tpu import dump, hlo
 from bench.tpu.collectives import Collectives, collectives

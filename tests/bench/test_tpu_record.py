@@ -11,7 +11,8 @@ from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
 from bench.tpu import step
-from bench.tpu.record import Record, Refusal, compile_record
+from bench.tpu.dump import Refusal
+from bench.tpu.record import Record, compile_record
 from bench.tpu.topology import LIBTPU_IS_MISSING, has_libtpu, tpu_topology
 from grug_kernels import dispatch
 from grug_kernels.attention import AttentionMask, attention
@@ -184,12 +185,6 @@ def test_a_kernels_own_refusal_is_a_row_and_a_callers_mistake_is_not():
         compile_record(lambda x: x @ x, struct(8, 7), topology=tpu_topology("v6e"))
 
 
-def test_a_compilation_cache_is_warned_of(monkeypatch, caplog):
-    monkeypatch.setattr(type(jax.config), "jax_compilation_cache_dir", property(lambda config: "/some/where"))
-    compile_record(lambda x: x + 1, struct(8), topology=tpu_topology("v6e"))
-    assert "jax_compilation_cache_dir is /some/where: compile seconds may be" in caplog.text
-
-
 def test_a_batch_that_does_not_divide_over_the_devices():
     config = step.template("base", trainer={"batch_size": 6})
     with pytest.raises(ValueError, match="batch_size=6 is not a multiple of the 4 devices of v6e:2x2"):
@@ -209,7 +204,7 @@ def test_a_variants_step_compiles_from_shapes_alone():
 
 
 def test_the_command_compiles_what_it_was_asked_for(monkeypatch, capsys):
-    def fake(variant, config, topology):
+    def fake(variant, config, topology, *, levanter):
         refusal = f"{variant} {config.model.num_layers} {config.trainer.batch_size} {config.trainer.seq_len}"
         return Record(topology, refusal=Refusal("compile", "Error", refusal))
 
