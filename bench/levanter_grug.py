@@ -69,10 +69,11 @@ class ArrayStacked:
 
 @contextmanager
 def in_place_of_ours(variant: str, *, tpu: Sequence[Any] | None = None) -> Iterator[None]:
-    """While it lasts, the variant's model traces with Levanter's attention, loss and stack.
+    """While it lasts, the variant's model traces with Levanter's attention and loss.
 
     tpu: devices that it is traced for; Levanter then chooses as it does there (2026-11: splash attention, and its loss
-    in XLA, for Pallas has to be asked for). None: its implementations for a CPU.
+    in XLA, for Pallas has to be asked for), and stacked layers are in its own stack, which is no `ArrayStacked` of ours
+    and fails the model's annotations where they are checked. None: its implementations for a CPU, and our stack.
     """
     model = importlib.import_module(f"grug_model.{variant}.model")
     of_attention, of_loss = ("reference", "xla") if tpu is None else (None, None)
@@ -80,7 +81,7 @@ def in_place_of_ours(variant: str, *, tpu: Sequence[Any] | None = None) -> Itera
         "attention": partial(attention, implementation=of_attention),
         "linear_cross_entropy": partial(linear_cross_entropy, implementation=of_loss),
     }
-    if hasattr(model, "ArrayStacked"):
+    if tpu is not None and hasattr(model, "ArrayStacked"):
         pieces["ArrayStacked"] = ArrayStacked
     with mock.patch.multiple(model, **pieces), contextlib.nullcontext() if tpu is None else _machine_with(tpu):
         yield

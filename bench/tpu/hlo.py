@@ -131,10 +131,13 @@ class Module:
 
     def _follow(self, computation: str, known: dict[str, tuple[np.ndarray, str]]) -> None:
         instructions = {instruction.name: instruction for instruction in self.computations[computation]}
+        passed: dict[tuple[str, int], tuple[np.ndarray, str]] = {}  # elements of what a loop here returns
         for instruction in instructions.values():
             values = None
             if instruction.opcode == "constant":
                 values = arrays.constant(instruction.shape, instruction.rest.split(")")[0])
+            elif _is_element(instruction) and (instruction.operands[0], _index(instruction)) in passed:
+                known[instruction.name] = passed[instruction.operands[0], _index(instruction)]
             elif instruction.opcode in _CARRIED and instruction.operands and instruction.operands[0] in known:
                 values = arrays.reshaped(known[instruction.operands[0]][0], instruction.shape)
             if values is not None:
@@ -145,7 +148,7 @@ class Module:
                 if start is not None and start.opcode == "tuple":
                     for index, name in self._handed_on(body):
                         if start.operands[index] in known:
-                            known[name] = known[start.operands[index]]
+                            known[name] = passed[instruction.name, index] = known[start.operands[index]]
                 self._follow(body, known)
             for callee in (*instruction.called("to_apply"), *instruction.branches()):
                 if instruction.opcode in ("call", "conditional"):
@@ -154,14 +157,20 @@ class Module:
     def _handed_on(self, body: str) -> list[tuple[int, str]]:
         """(index, name) of the elements of a loop's state that its body reads and returns as they are."""
         instructions = self.computations[body]
-        elements = {i.name: int(i.rest.split("index=")[1].split(",")[0]) for i in instructions if _is_element(i)}
+        elements = {i.name: _index(i) for i in instructions if _is_element(i)}
         result = next((i for i in instructions if i.is_root), instructions[-1])
         unchanged = {index for index, name in enumerate(result.operands) if elements.get(name) == index}
         return [(index, name) for name, index in elements.items() if index in unchanged]
 
 
 def _is_element(instruction: Instruction) -> bool:
-    return instruction.opcode == "get-tuple-element" and "index=" in instruction.rest
+    return instruction.opcode == "get-tuple-element"
+
+
+def _index(element: Instruction) -> int:
+    found = re.search(r", index=(\d+)", element.rest)
+    assert found is not None, element
+    return int(found[1])
 
 
 def parse(text: str, trips: Trips | None = None) -> Module:

@@ -287,8 +287,8 @@ def test_levanters_step_is_predicted_beside_ours():
 
 
 def test_what_levanter_cannot_do_is_a_row():
-    config = step.template("array_stacked", model=SMALL | {"max_seq_len": 96}, trainer={"batch_size": 4, "seq_len": 96})
-    row = step.step_record("array_stacked", config, tpu_topology("v5p"), levanter=True).row()
+    config = step.template("base", model=SMALL | {"max_seq_len": 96}, trainer={"batch_size": 4, "seq_len": 96})
+    row = step.step_record("base", config, tpu_topology("v5p"), levanter=True).row()
     assert row["refused_at"] == "trace"
     assert row["unsupported"].startswith("Splash attention requires key/value sequence length to be a multiple of 128")
 

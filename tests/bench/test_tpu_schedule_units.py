@@ -216,12 +216,14 @@ def test_constants_are_followed_into_loops_that_hand_them_on():
 ENTRY %main () -> s32[2] {
   %plan = s32[2]{0} constant({7, 8})
   %start = (s32[2]{0}, s32[2]{0}) tuple(%plan, %plan)
-  ROOT %loop = (s32[2]{0}, s32[2]{0}) while(%start), condition=%condition, body=%body
+  %loop = (s32[2]{0}, s32[2]{0}) while(%start), condition=%condition, body=%body
+  %after = s32[2]{0} get-tuple-element(%loop), index=0
+  ROOT %sum_after = s32[2]{0} get-tuple-element(%loop), index=1
 }
 """
     known = hlo.parse(program).constants()
-    assert known["copy"][0].tolist() == [7, 8]
-    assert "changed" not in known
+    assert known["copy"][0].tolist() == known["after"][0].tolist() == [7, 8]
+    assert not {"changed", "sum_after"} & set(known)
 
 
 def test_constants_are_followed_through_copies():
