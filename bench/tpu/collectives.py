@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What devices send each other in one run of a compiled program, counted in its optimised HLO.
+"""What devices send each other in one run of a compiled program: counts, bytes, and seconds at published bandwidth.
 
-Instructions in loops count as often as the loop runs, where its condition compares with a constant, as `lax.scan`
-makes it; otherwise once, and `loops_of_unknown_length` says that there are such. Of branches, every one is counted.
+Instructions in loops count as often as the loop runs, where that is known; otherwise once, and
+`loops_of_unknown_length` says that there are such. Of branches, every one is counted.
 """
 
+import itertools
 import math
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
+
+from bench.tpu import arrays, hlo
+from bench.tpu.topology import Topology
 
 KINDS = (
     "all-gather",
@@ -20,23 +27,13 @@ KINDS = (
     "collective-broadcast",
 )
 
-_COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%(?P<name>\S+) \(.*\{$")
-_INSTRUCTION = re.compile(
-    r"\s+(?P<root>ROOT )?%(?P<name>\S+) = (?P<result>.+?) (?P<op>[a-z][a-z0-9-]*)\((?P<operands>[^()]*)\)(?P<rest>.*)"
-)
-_ARRAY = re.compile(r"(?P<dtype>[a-z][a-z0-9]*)\[(?P<shape>[0-9,]*)\](?P<layout>\{[^{}]*\})?")
-_NAME = re.compile(r"%([^\s,(){}]+)")
-_CALLED = re.compile(r"(?:calls|body|true_computation|false_computation)=%([^\s,]+)|branch_computations=\{([^}]*)\}")
-_BITS = re.compile(r"\d+")
-
 
 @dataclass
 class Kind:
-    """count: instructions run. payload_bytes: of one device, what goes in or what comes out, whichever is more; an
-    all-reduce of n devices sends about 2 (n - 1) / n times that over the links, the others (n - 1) / n times."""
+    """count: instructions run. payload_bytes: of one device, what goes in or what comes out, whichever is more."""
 
-    count: int = 0
-    payload_bytes: int = 0
+    count: float = 0
+    payload_bytes: float = 0
 
 
 @dataclass
@@ -47,105 +44,115 @@ class Collectives:
     loops_of_unknown_length: int = 0
 
     @property
-    def count(self) -> int:
+    def count(self) -> float:
         return sum(kind.count for kind in self.kinds.values())
 
 
 @dataclass(frozen=True)
-class _Instruction:
-    name: str
-    op: str
-    result: str
-    operands: str
-    rest: str
-    is_root: bool
+class Collective:
+    """members: positions in the device assignment of one group, () for all devices or where pairs are listed."""
+
+    kind: str
+    payload_bytes: int
+    members: tuple[int, ...]
 
 
-Program = dict[str, list[_Instruction]]
-
-
-def collectives(hlo: str) -> Collectives:
-    """hlo: `compiled.as_text()`.
-
-    Raises:
-      ValueError: the text has no ENTRY computation.
-    """
-    program, entry = _parse(hlo)
+def collectives(module: hlo.Module) -> Collectives:
     found = Collectives()
-    _count(program, entry, 1, found)
+    _count(module, module.entry, 1, found)
     return found
 
 
-def _parse(hlo: str) -> tuple[Program, str]:
-    """Each computation's instructions, and the name of the one that runs."""
-    program: Program = {}
-    entry, current = None, None
-    for line in hlo.splitlines():
-        if header := _COMPUTATION.match(line):
-            current = program.setdefault(header["name"], [])
-            entry = header["name"] if header["entry"] else entry
-        elif current is not None and (found := _INSTRUCTION.match(line)):
-            parts = (found[part] for part in ("name", "op", "result", "operands", "rest"))
-            current.append(_Instruction(*parts, is_root=bool(found["root"])))
-    if entry is None:
-        raise ValueError(
-            f"collectives: no ENTRY computation in {len(hlo)} characters of HLO. Pass compiled.as_text(), the optimised"
-            " program, not lowered.as_text()."
-        )
-    return program, entry
-
-
-def _count(program: Program, name: str, times: int, found: Collectives) -> None:
-    """Adds what `times` runs of the computation `name` send."""
-    instructions = program[name]
-    results = {instruction.name: instruction.result for instruction in instructions}
-    # XLA:TPU writes a reduce-scatter as a fusion around an all-reduce, of which each device keeps its part.
-    is_reduce_scatter = name.startswith("all-reduce-scatter")
-    for instruction in instructions:
-        kind = instruction.op.removesuffix("-start")
-        if kind in KINDS:
-            kind = "reduce-scatter" if is_reduce_scatter else kind
-            found.kinds[kind].count += times
-            found.kinds[kind].payload_bytes += times * _payload_bytes(instruction, results)
-        length = _loop_length(program, instruction) if instruction.op == "while" else 1
+def _count(module: hlo.Module, computation: str, times: float, found: Collectives) -> None:
+    """Adds what `times` runs of the computation send."""
+    for instruction in module.computations[computation]:
+        if collective := collective_of(module, computation, instruction):
+            found.kinds[collective.kind].count += times
+            found.kinds[collective.kind].payload_bytes += times * collective.payload_bytes
+        length = module.trips_of(instruction) if instruction.opcode == "while" else 1
         before = found.count
-        for called, branches in _CALLED.findall(instruction.rest):
-            for callee in [called] if called else _NAME.findall(branches):
-                _count(program, callee, times * (length or 1), found)
+        for callee in (*instruction.called("calls", "body"), *instruction.branches()):
+            _count(module, callee, times * (1 if length is None else length), found)
         if length is None and found.count > before:
             found.loops_of_unknown_length += 1
 
 
-def _loop_length(program: Program, loop: _Instruction) -> int | None:
-    """How often a loop runs whose condition is "counter < constant"; jax counts from 0. None where it is another."""
-    condition = re.search(r"condition=%([^\s,]+)", loop.rest)
-    assert condition, f"a while without a condition: {loop}"
-    instructions = {instruction.name: instruction for instruction in program[condition[1]]}
-    root = next(instruction for instruction in instructions.values() if instruction.is_root)
-    limit = instructions.get(_NAME.findall(root.operands)[-1]) if root.op == "compare" else None
-    if limit is None or limit.op != "constant" or "direction=LT" not in root.rest:
+def collective_of(module: hlo.Module, computation: str, instruction: hlo.Instruction) -> Collective | None:
+    """What the instruction itself sends, done where it starts; None where it sends nothing."""
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in KINDS:
         return None
-    return int(limit.operands)
-
-
-def _payload_bytes(instruction: _Instruction, results: dict[str, str]) -> int:
-    goes_in = sum(_bytes(results[name]) for name in _NAME.findall(instruction.operands))
-    comes_out = _bytes(instruction.result)
-    if instruction.op.endswith("-start") and instruction.op != "all-reduce-start":
+    # XLA:TPU writes a reduce-scatter as a fusion around an all-reduce, of which each device keeps its part.
+    if computation.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"
+    shapes = {other.name: other.shape for other in module.computations[computation]}
+    goes_in = sum(arrays.all_bytes_of(shapes[name]) for name in instruction.operands)
+    comes_out = arrays.all_bytes_of(instruction.shape)
+    if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
         comes_out -= goes_in  # the result of starting holds the operands too
-    return max(goes_in, comes_out)
+    return Collective(kind, max(goes_in, comes_out), _first_group(instruction.rest))
 
 
-def _bytes(result: str) -> int:
-    """Of all arrays in a type such as (bf16[8,64]{1,0:T(8,128)(2,1)}, f32[]), semaphores left out."""
-    return sum(
-        math.prod(int(size) for size in array["shape"].split(",") if size) * _bits(array["dtype"]) // 8
-        for array in _ARRAY.finditer(result)
-        if "S(2)" not in (array["layout"] or "")
-    )
+def within(module: hlo.Module, computation: str, instruction: hlo.Instruction) -> list[Collective]:
+    """What the instruction sends itself or in the computations that it calls: a fusion, an asynchronous start."""
+    own = collective_of(module, computation, instruction)
+    called = [
+        collective
+        for callee in instruction.called("calls")
+        for inner in module.computations[callee]
+        for collective in within(module, callee, inner)
+    ]
+    return ([own] if own else []) + called
 
 
-def _bits(dtype: str) -> int:
-    """f8e4m3fn is 8 and bf16 16 bits wide; pred, which has no number, takes a byte."""
-    width = _BITS.search(dtype)
-    return int(width[0]) if width else 8
+def _first_group(rest: str) -> tuple[int, ...]:
+    """Of replica_groups={{0,1},{2,3}}, =[2,2]<=[4] (perhaps transposed) or =mesh['a'=2,'b'=2] {'b'}."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return tuple(int(number) for number in listed[1].split(","))
+    if tiled := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        groups, sizes, order = ([int(n) for n in part.split(",")] if part else [] for part in tiled.groups())
+        numbers = np.arange(math.prod(sizes)).reshape(sizes)
+        return tuple(numbers.transpose(order or None).reshape(groups)[0].tolist())
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
+        within_axes = re.findall(r"'([^']+)'", named[2])
+        numbers = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        first = tuple(slice(None) if name in within_axes else 0 for name in sizes)
+        return tuple(numbers[first].ravel().tolist())
+    return ()
+
+
+def seconds(collective: Collective, topology: Topology, devices: Sequence[int]) -> float:
+    """At published bandwidth over the links that the group spans; see `links`. A bound from below: no latency.
+
+    Of n devices and B bytes, a ring sends (n - 1) / n B, an all-reduce twice that, a permutation B to one neighbour.
+    An all-to-all is counted like an all-gather, which is more than it takes.
+
+    devices: ids in the order of the assignment, as `dump.Lowered.devices`.
+    """
+    total = topology.chip.ici_bytes_per_second
+    assert total is not None, f"{topology.chip.name} has no interconnect"
+    link_bytes_per_second = total / topology.links_per_chip
+    if collective.kind == "collective-permute":
+        return collective.payload_bytes / link_bytes_per_second
+    members = collective.members or tuple(range(len(devices)))
+    if len(members) < 2:
+        return 0.0
+    share = (len(members) - 1) / len(members) * (2 if collective.kind == "all-reduce" else 1)
+    return share * collective.payload_bytes / link_bytes_per_second / links(members, topology, devices)
+
+
+def links(members: Sequence[int], topology: Topology, devices: Sequence[int]) -> int:
+    """Links out of a chip that a group can use at once: along each axis of the chips that it spans one, or two where
+    that axis closes into a ring. Of a group within one chip (two devices of a TPU7x), one."""
+    by_id = {device.id: device.coords for device in topology.devices}
+    spans = [len(set(axis)) for axis in zip(*(by_id[devices[member]] for member in members), strict=True)]
+    return max(1, sum(1 + closes for size, closes in zip(spans, rings(topology, spans), strict=True) if size > 1))
+
+
+def rings(topology: Topology, spans: Sequence[int]) -> list[bool]:
+    """Axes along which `spans` chips close into a ring: whole axes of multiples of 4 chips in three dimensions, of 16
+    in two (docs.cloud.google.com/tpu/docs: v4 and v5p cubes, v6e pods)."""
+    sizes = [len(set(axis)) for axis in zip(*(device.coords for device in topology.devices), strict=True)]
+    multiple = 4 if topology.links_per_chip == 6 else 16
+    return [span == size and size % multiple == 0 for span, size in itertools.zip_longest(spans, sizes)]

@@ -10,14 +10,12 @@ from grug_kernels import chips
 class Core:
     """chip: the published figures of the JAX device that the core is in.
 
-    topology: the smallest one that libtpu compiles for; one of its devices is used.
     num_matrix_units, matrix_width: the systolic arrays, matrix_width x matrix_width each.
     rows_per_cycle: rows of 16-bit numbers that one matrix unit takes in per cycle.
     branch_delay_slots: bundles that still issue after a branch, whichever way it goes; read off the region markers.
     """
 
     chip: chips.Chip
-    topology: str
     num_matrix_units: int
     matrix_width: int
     rows_per_cycle: int
@@ -52,12 +50,12 @@ _TPUS = {chip.name: chip for chip in chips.TPUS}
 # Geometry: jax-ml.github.io/scaling-book (four 128 x 128 units up to v5p, two 256 x 256 from v6e on). A 256-wide unit
 # takes two rows per cycle: with one, 918 TFLOP/s would need a clock of 3.5 GHz.
 CORES = {
-    #                chip            topology       units width rows branch slots
-    "v4": Core(_TPUS["v4"], "v4:2x2x1", 4, 128, 1, 4),
-    "v5e": Core(_TPUS["v5e"], "v5e:2x2", 4, 128, 1, 4),
-    "v5p": Core(_TPUS["v5p"], "v5p:2x2x1", 4, 128, 1, 4),
-    "v6e": Core(_TPUS["v6e"], "v6e:2x2", 2, 256, 2, 4),
-    "tpu7x": Core(_TPUS["tpu7x"], "tpu7x:2x2x1", 2, 256, 2, 6),
+    #                chip         units width rows branch slots
+    "v4": Core(_TPUS["v4"], 4, 128, 1, 4),
+    "v5e": Core(_TPUS["v5e"], 4, 128, 1, 4),
+    "v5p": Core(_TPUS["v5p"], 4, 128, 1, 4),
+    "v6e": Core(_TPUS["v6e"], 2, 256, 2, 4),
+    "tpu7x": Core(_TPUS["tpu7x"], 2, 256, 2, 6),
 }
 
 

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles a function for a TPU that is not there, and yields the schedules that libtpu dumps of its kernels."""
+"""Compiles a function for a TPU that is not there, in a process of its own, and reads what the compiler leaves.
+
+Lowered here, where the caller's function is; compiled by `worker.py`, which can be told to dump schedules, starts cold
+each time, and takes nobody with it when the compiler crashes.
+"""
 
 import contextlib
-import importlib.util
+import functools
 import io
 import json
 import os
@@ -13,24 +17,63 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
+from jax._src.interpreters import pxla  # what jax compiles a lowered function with; the jax version is pinned
 
-from bench.tpu.core import Core
+from bench.tpu.topology import Topology
 from grug_kernels import dispatch
+
+Stage = Literal["trace", "lower", "compile"]
 
 _ROOT = Path(__file__).parents[2]
 
 # Text of each kernel, of the last passes only: all of them would be 100 MB for one attention kernel.
 _DUMP_FLAGS = "--xla_jf_dump_to={0} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final|dedup"
+_PARTS = ("final_bundles", "final_hlo-static-per-bundle-utilization", "pre-finalize-registers-and-allocations")
 
-_BUNDLES = re.compile(r"\d+-(.*)-\d+-final_bundles\.txt$")
+
+@dataclass(frozen=True)
+class Refusal:
+    """sentence: the first line of what `stage` raised."""
+
+    stage: Stage
+    error: str
+    sentence: str
+
+    @staticmethod
+    def of(stage: Stage, error: BaseException) -> "Refusal":
+        return Refusal(stage, type(error).__name__, next(iter(str(error).splitlines()), ""))
+
+    def __str__(self) -> str:
+        return f"{self.stage} raised {self.error}: {self.sentence}"
 
 
 class Refused(RuntimeError):
-    """The TPU compiler does not take the function; the message is its own."""
+    """A stage does not take the function; the message is its own."""
+
+    def __init__(self, refusal: Refusal, message: str):
+        super().__init__(message)
+        self.refusal = refusal
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A function as jax hands it to the compiler.
+
+    module: StableHLO bytecode. lines, size: of its text. devices: ids, in the order of the mesh. to_parameters,
+    to_results, tuple_arguments: what jax tells the compiler beside the module.
+    """
+
+    module: bytes
+    lines: int
+    size: int
+    topology: str
+    devices: tuple[int, ...]
+    to_parameters: tuple[bool, ...]
+    to_results: tuple[bool, ...]
+    tuple_arguments: bool
 
 
 @dataclass(frozen=True)
@@ -43,77 +86,120 @@ class KernelFiles:
 
 
 @dataclass(frozen=True)
-class Dump:
-    """hlo: the optimised module. memory: bytes of one device by use. aliases: kernel -> the equal one dumped for it."""
+class Compiled:
+    """hlo: the optimised module. memory: bytes of one device by use, as `worker.MEMORY` names them. seconds: of the
+    compiler, wall clock; cpu_seconds: of all cores together. aliases: kernel -> the equal one dumped for it. Schedules
+    are in `directory`, if they were asked for."""
 
     hlo: str
     memory: dict[str, int]
-    compile_seconds: float
+    seconds: float
+    cpu_seconds: float
     directory: Path
     aliases: dict[str, str]
 
-    def kernel(self, name: str) -> KernelFiles | None:
-        """The kernel of an HLO instruction, or None where it has no program of its own (a copy, a parameter)."""
+    def kernel(self, name: str) -> tuple[str, KernelFiles] | None:
+        """(dumped name, program) of an HLO instruction; None where it has no program (a copy, a parameter)."""
         plain = re.sub(r"\.(clone|remat).*$", "", name)
         for candidate in (name, self.aliases.get(name), plain):
             if candidate and (found := self._files(candidate)):
-                return found
+                return candidate, found
         return None
 
     def _files(self, name: str) -> KernelFiles | None:
-        parts = ("final_bundles", "final_hlo-static-per-bundle-utilization", "pre-finalize-registers-and-allocations")
-        paths = [next(iter(self._matches(name, part)), None) for part in parts]
+        paths = [self._paths.get((name, part)) for part in _PARTS]
         if not all(paths):
             return None
         return KernelFiles(*(path.read_text() for path in paths if path))
 
-    def _matches(self, name: str, part: str) -> list[Path]:
-        pattern = re.compile(rf"\d+-{re.escape(name)}-\d+-{part}\.txt$")
-        return [path for path in self.directory.iterdir() if pattern.match(path.name)]
-
-
-def lower(function: Callable[..., Any], args: Sequence[Any], core: Core) -> bytes:
-    """StableHLO of `function` for the core's chip. args: arrays or anything with shape and dtype, in any pytree.
-
-    Needs no libtpu. Pallas asks for the chip it lowers for; an abstract mesh without axes tells it. Our own kernels are
-    chosen as on a TPU.
-    """
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tuple(args))
-    device = jax.sharding.AbstractDevice(core.chip.device_kinds[0], core.cores_per_device, "tpu")
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    with dispatch.targeting("tpu"), jax.sharding.use_abstract_mesh(mesh):
-        lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("tpu",))
-    module, bytecode = lowered.compiler_ir(), io.BytesIO()
-    assert module is not None
-    module.operation.write_bytecode(bytecode)
-    return bytecode.getvalue()
+    @functools.cached_property
+    def _paths(self) -> dict[tuple[str, str], Path]:
+        """(kernel, part of what is dumped of it) -> file; 808-fusion.6-03-final_bundles.txt."""
+        pattern = re.compile(rf"\d+-(.*)-\d+-({'|'.join(_PARTS)})\.txt")
+        matches = ((pattern.fullmatch(path.name), path) for path in sorted(self.directory.iterdir()))
+        return {(match[1], match[2]): path for match, path in matches if match}
 
 
 @contextlib.contextmanager
-def compile_and_dump(module: bytes, core: Core) -> Iterator[Dump]:
-    """Compiles what `lower` made, in a process and a temporary directory of its own, deleted on leaving.
+def targeting(topology: Topology) -> Iterator[None]:
+    """While it lasts, kernels are chosen and traced for the topology's chip; with a mesh set, on that mesh.
 
-    Raises Refused with the compiler's message; RuntimeError where libtpu is missing or dies.
+    Pallas asks for the chip that it lowers for: an abstract mesh without axes tells it where there is no other.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        raise RuntimeError(
-            "libtpu is not installed: it compiles for TPUs on any Linux machine, none being there."
-            " Install it with `uv sync --extra tpu`."
-        )
+    chip = topology.chip
+    mesh: Any = contextlib.nullcontext()
+    if jax.sharding.get_abstract_mesh().empty:
+        assert chip.cores is not None, f"{chip.name} is no TPU"
+        device = jax.sharding.AbstractDevice(chip.device_kinds[0], chip.cores, "tpu")
+        mesh = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+    with dispatch.targeting("tpu"), mesh:
+        yield
+
+
+def trace(function: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """args: pytrees of arrays or of anything with shape and dtype; on a mesh, with their shardings."""
+    jitted: Any = function if hasattr(function, "trace") else jax.jit(function)
+    if jax.sharding.get_abstract_mesh().empty:
+        args = jax.tree.map(_shape_of, tuple(args))
+    return jitted.trace(*args)
+
+
+def _shape_of(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf  # a Python number stays one
+
+
+def lower(traced: Any, topology: Topology) -> Lowered:
+    """traced: by `trace`, under `targeting(topology)`."""
+    lowered = traced.lower(lowering_platforms=("tpu",))
+    computation = lowered._lowering
+    arguments = computation.compile_args
+    bytecode = io.BytesIO()
+    computation.stablehlo().operation.write_bytecode(bytecode)
+    to_parameters, to_results = pxla.get_prop_to_input_output(
+        arguments["in_shardings"], arguments["out_shardings"], len(arguments["ordered_effects"])
+    )
+    mesh = jax.sharding.get_mesh()
+    devices = topology.devices[:1] if mesh.empty else mesh.devices.flat
+    text = lowered.as_text()
+    return Lowered(
+        module=bytecode.getvalue(),
+        lines=text.count("\n"),
+        size=len(text),
+        topology=topology.name,
+        devices=tuple(device.id for device in devices),
+        to_parameters=tuple(to_parameters),
+        to_results=tuple(to_results),
+        tuple_arguments=arguments["tuple_args"],
+    )
+
+
+@contextlib.contextmanager
+def compiled(lowered: Lowered, *, schedules: bool) -> Iterator[Compiled]:
+    """Compiles in a process and a temporary directory of its own, deleted on leaving.
+
+    schedules: dump them, which makes compiling slower.
+
+    Raises Refused with the compiler's message, or where it crashed.
+    """
     with tempfile.TemporaryDirectory(prefix="tpu_schedule_") as name:
         directory = Path(name)
-        (directory / "module.mlir").write_bytes(module)
-        _run_worker(directory, core.topology)
+        (directory / "module.mlir").write_bytes(lowered.module)
+        request = {field: value for field, value in vars(lowered).items() if field != "module"}
+        (directory / "request.json").write_text(json.dumps(request))
+        _run_worker(directory, lowered.topology, schedules)
         if (refusal := directory / "refusal.txt").exists():
-            raise Refused(f"{core.chip.name}: {refusal.read_text()}")
+            message = refusal.read_text()
+            raise Refused(Refusal.of("compile", jax.errors.JaxRuntimeError(message)), f"{lowered.topology}: {message}")
         facts = json.loads((directory / "facts.json").read_text())
-        yield Dump((directory / "hlo.txt").read_text(), **facts, directory=directory, aliases=read_aliases(directory))
+        hlo = (directory / "hlo.txt").read_text()
+        yield Compiled(hlo, **facts, directory=directory, aliases=read_aliases(directory))
 
 
-def _run_worker(directory: Path, topology: str) -> None:
+def _run_worker(directory: Path, topology: str, schedules: bool) -> None:
+    flags = [os.environ.get("LIBTPU_INIT_ARGS", ""), _DUMP_FLAGS.format(directory) if schedules else ""]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")])),
-        "LIBTPU_INIT_ARGS": _DUMP_FLAGS.format(directory),
+        "LIBTPU_INIT_ARGS": " ".join(filter(None, flags)),
         "JAX_PLATFORMS": "cpu",
         # One process may hold a chip; here is no chip to hold, and compiles may run side by side.
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -124,11 +210,14 @@ def _run_worker(directory: Path, topology: str) -> None:
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_STDERR_LOG_LEVEL": "3",
     }
-    command = [sys.executable, "-m", "bench.tpu.worker", str(directory), topology]
+    command = [sys.executable, "-m", "bench.tpu.worker", str(directory)]
     done = subprocess.run(command, env=environment, cwd=_ROOT, capture_output=True, text=True)
+    last_lines = "\n".join(done.stderr.splitlines()[-15:])
+    message = f"compiling for {topology} died with exit status {done.returncode}:\n{last_lines}"
+    if done.returncode < 0:  # by a signal: the compiler's own crash
+        raise Refused(Refusal("compile", "crash", message.replace("\n", " ")), message)
     if done.returncode:
-        last_lines = "\n".join(done.stderr.splitlines()[-15:])
-        raise RuntimeError(f"compiling for {topology} died with exit status {done.returncode}:\n{last_lines}")
+        raise RuntimeError(message)
 
 
 def read_aliases(directory: Path) -> dict[str, str]:

@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """One device's memory while a compiled program runs, by what it is for."""
 
-import inspect
-import math
+import re
 from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import jax
-import jax.numpy as jnp
+from bench.tpu import arrays, hlo
 
 # The first of these names on the way to an argument's leaf says what it is: train_step(state, batch) has
 # state.params..., state.opt_state..., state.ema_params..., batch...
@@ -54,49 +50,26 @@ class Hbm:
         return self.available_bytes - self.reserved_bytes
 
 
-def read_hbm(compiled: Any, function: Callable[..., Any], args: Sequence[Any], available_bytes: float) -> Hbm:
-    """compiled: `function`, compiled for `args`."""
-    memory = compiled.memory_analysis()
-    arguments = arguments_by_category(compiled, function, args)
-    padding = memory.argument_size_in_bytes - sum(arguments.values())
+def read_hbm(module: hlo.Module, memory: dict[str, int], available_bytes: float) -> Hbm:
+    """module: as compiled. memory: `dump.Compiled.memory`."""
+    arguments = arguments_by_category(module)
     return Hbm(
-        arguments=arguments | {"padding": padding},
-        outputs_bytes=memory.output_size_in_bytes,
-        donated_bytes=memory.alias_size_in_bytes,
-        temporaries_bytes=memory.temp_size_in_bytes,
-        code_bytes=memory.generated_code_size_in_bytes,
-        peak_bytes=memory.peak_memory_in_bytes,
+        arguments=arguments | {"padding": memory["argument"] - sum(arguments.values())},
+        outputs_bytes=memory["output"],
+        donated_bytes=memory["alias"],
+        temporaries_bytes=memory["temp"],
+        code_bytes=memory["code"],
+        peak_bytes=memory["peak"],
         available_bytes=int(available_bytes),
     )
 
 
-def arguments_by_category(compiled: Any, function: Callable[..., Any], args: Sequence[Any]) -> dict[str, int]:
-    """Bytes of one device's arguments, tiles padded. Those that the program does not read take none."""
-    names = inspect.signature(function).bind(*args).arguments
-    infos, formats = compiled.args_info[0], compiled.input_formats[0]
+def arguments_by_category(module: hlo.Module) -> dict[str, int]:
+    """Bytes of one device's arguments, tiles padded. Those that the program does not read are not in it."""
     found: Counter[str] = Counter()
-    for name, info, arg_formats in zip(names, infos, formats, strict=True):
-        leaves = jax.tree.leaves_with_path(info)
-        for (path, leaf), form in zip(leaves, jax.tree.leaves(arg_formats), strict=True):
-            found[_category((name, *path))] += _padded_bytes(leaf, form)
+    parameters = [i for i in module.computations[module.entry] if i.opcode == "parameter"]
+    for parameter in sorted(parameters, key=lambda parameter: int(parameter.rest.split(")")[0])):
+        names = re.findall(r"\w+", parameter.op_name)  # the argument's path: state.params.blocks['w']
+        category = next((CATEGORIES[name] for name in names if name in CATEGORIES), OTHER)
+        found[category] += arrays.padded_bytes_of(parameter.shape)
     return dict(found)
-
-
-def _category(path: Sequence[Any]) -> str:
-    names = (getattr(key, "name", key) for key in path)
-    return next((CATEGORIES[name] for name in names if name in CATEGORIES), OTHER)
-
-
-def _padded_bytes(leaf: Any, form: Any) -> int:
-    """One device's part of an array, its last dimensions filled up to whole tiles."""
-    if form.sharding is None:
-        return 0  # the program does not read it, and it is left out
-    local = jax.ShapeDtypeStruct(form.sharding.shard_shape(leaf.shape), leaf.dtype)
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        local = jax.eval_shape(jax.random.key_data, local)  # what a key is on the device: two uint32
-    sizes = [local.shape[axis] for axis in form.layout.major_to_minor]
-    tile = form.layout.tiling[0] if form.layout.tiling else ()
-    sizes = [1] * (len(tile) - len(sizes)) + sizes
-    whole = len(sizes) - len(tile)
-    padded = (-(-size // block) * block for size, block in zip(sizes[whole:], tile, strict=True))
-    return math.prod(sizes[:whole]) * math.prod(padded) * local.dtype.itemsize

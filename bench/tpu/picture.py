@@ -15,6 +15,8 @@ _HEAD, _FOOT = 44, 58
 _SMALLEST_SHARE = 0.01  # regions with less of the longest kernel's cycles are drawn together
 
 # Light to dark, so that the page also reads in print.
+_COLORS = ("#1e40af", "#0f766e", "#dc2626", "#94a3b8", "#d97706", "#7c3aed", "#65a30d", "#db2777", "#475569")
+_BAR = 84
 _EMPTY, _FULL, _SHADES = (241, 245, 249), (30, 64, 175), 12
 _HATCH = (
     '<defs><pattern id="wait" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
@@ -33,9 +35,38 @@ address of its first bundle, runs × bundles, cycles. Point at a region for more
 """
 
 
-def page(counts: Mapping[str, Count]) -> str:
-    """An HTML page with the picture of every kernel in `counts`, by title."""
-    return _PAGE + svg(counts) + "</body>\n"
+def page(counts: Mapping[str, Count], bars: Mapping[str, Mapping[str, float]] | None = None) -> str:
+    """An HTML page with the picture of every kernel in `counts`, by title; above them `bars`, see `bars_svg`."""
+    return _PAGE + (bars_svg(bars) if bars else "") + svg(counts) + "</body>\n"
+
+
+def bars_svg(bars: Mapping[str, Mapping[str, float]]) -> str:
+    """A bar per title, on one scale: its parts side by side, in ms. Raises ValueError where all are empty."""
+    longest = max((sum(parts.values()) for parts in bars.values()), default=0.0)
+    if not longest:
+        raise ValueError("no bar to draw: bars have no time in them.")
+    total = _BAR * len(bars)
+    drawn = "".join(_bar(title, parts, longest, i * _BAR) for i, (title, parts) in enumerate(bars.items()))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH + LABEL + 20}" height="{total}" '
+        f'viewBox="0 0 {WIDTH + LABEL + 20} {total}" style="{_STYLE}">{drawn}</svg>'
+    )
+
+
+def _bar(title: str, parts: Mapping[str, float], longest: float, top: int) -> str:
+    drawn = [f'<text x="0" y="{top + 14}" font-weight="600" font-size="13">{html.escape(title)}</text>']
+    x, legend_x = 0.0, 0.0
+    for color, (label, ms) in zip(itertools.cycle(_COLORS), parts.items(), strict=False):
+        if not ms:
+            continue
+        text = html.escape(f"{label} {ms:.3g} ms")
+        drawn.append(f"<g><title>{text}</title>{_rect(x, top + 22, WIDTH * ms / longest, 22, color)}</g>")
+        x += WIDTH * ms / longest
+        if ms >= _SMALLEST_SHARE * sum(parts.values()):
+            drawn.append(_rect(legend_x, top + 52, 10, 10, color))
+            drawn.append(f'<text x="{legend_x + 14:.1f}" y="{top + 61}">{text}</text>')
+            legend_x += 28 + 6.2 * len(text)
+    return "".join(drawn)
 
 
 def svg(counts: Mapping[str, Count]) -> str:

@@ -8,40 +8,27 @@
 All of it is libtpu's own output for the chip named; nothing runs, and no TPU is needed.
 """
 
-import logging
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from time import perf_counter, process_time
-from typing import Any, Literal
-
-import jax
+from time import perf_counter
+from typing import Any
 
 from bench.timing import commit
+from bench.tpu import dump, hlo
 from bench.tpu.collectives import Collectives, collectives
+from bench.tpu.dump import Refusal, Stage
 from bench.tpu.hbm import Hbm, read_hbm
 from bench.tpu.topology import Topology
 from grug_kernels import chips, dispatch
 
-logger = logging.getLogger(__name__)
-
-Stage = Literal["trace", "lower", "compile"]
-
 # What a stage raises when it cannot do what is asked of it. Lowering a Pallas kernel raises what it likes: ValueError,
-# NotImplementedError, a class of its own. Errors in tracing are the caller's own, but for a kernel's refusal.
+# NotImplementedError, a class of its own. Errors in tracing are the caller's own, but for a kernel's refusal: ours
+# are `dispatch.UnsupportedError`s, which are NotImplementedErrors, and so are those of others.
 _REFUSALS: dict[Stage, type[Exception]] = {
-    "trace": dispatch.UnsupportedError,
+    "trace": NotImplementedError,
     "lower": Exception,
-    "compile": jax.errors.JaxRuntimeError,
 }
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """sentence: the first line of what `stage` raised."""
-
-    stage: Stage
-    error: str
-    sentence: str
 
 
 @dataclass
@@ -89,18 +76,28 @@ class Record:
         if self.stablehlo_lines is not None and self.stablehlo_bytes is not None:
             yield f"StableHLO {self.stablehlo_lines} lines, {_mib(self.stablehlo_bytes)}"
         if self.refusal is not None:
-            yield f"unsupported: {self.refusal.stage} raised {self.refusal.error}: {self.refusal.sentence}"
+            yield f"unsupported: {self.refusal}"
         if self.hbm is not None:
             arguments = ", ".join(f"{name} {_mib(size)}" for name, size in self.hbm.arguments.items())
             yield f"arguments {_mib(self.hbm.arguments_bytes)} ({arguments})"
             yield f"temporaries {_mib(self.hbm.temporaries_bytes)}, code {_mib(self.hbm.code_bytes)}"
             yield f"peak {_mib(self.hbm.peak_bytes)} in use, {_mib(self.hbm.reserved_bytes)} set aside"
             yield f"left {_mib(self.hbm.left_bytes)} of {_mib(self.hbm.available_bytes)} on each device"
+            yield f"compiling took {self.compile_cpu_seconds:.1f} s of CPU time"
         if self.collectives is not None:
             for name, kind in self.collectives.kinds.items():
-                yield f"{name}: {kind.count} times, {_mib(kind.payload_bytes)}"
+                yield f"{name}: {kind.count:g} times, {_mib(kind.payload_bytes)}"
             if self.collectives.loops_of_unknown_length:
                 yield f"{self.collectives.loops_of_unknown_length} loops of unknown length, counted as one round each"
+
+
+@dataclass(frozen=True)
+class Program:
+    """What was compiled, for who wants more of it than the record has. module: parsed from `compiled.hlo`."""
+
+    lowered: dump.Lowered
+    compiled: dump.Compiled
+    module: hlo.Module
 
 
 def compile_record(function: Callable[..., Any], *args: Any, topology: Topology) -> Record:
@@ -113,53 +110,65 @@ def compile_record(function: Callable[..., Any], *args: Any, topology: Topology)
     A refusal by a kernel, by lowering, or by the compiler is in the record, not raised. What the function itself raises
     while it is traced is raised here too.
 
-    The seconds are a fresh process's only if the function was not traced or compiled before: see `jax.clear_caches`.
+    Compiling is done by a fresh process; tracing is fresh only if the function was not traced before: see
+    `jax.clear_caches`.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
-        logger.warning(
-            "jax_compilation_cache_dir is %s: compile seconds may be those of reading from it. Unset"
-            " JAX_COMPILATION_CACHE_DIR to time the compiler.",
-            jax.config.jax_compilation_cache_dir,
-        )
+    with compiling(function, *args, topology=topology) as (record, _):
+        return record
+
+
+@contextlib.contextmanager
+def compiling(
+    function: Callable[..., Any],
+    *args: Any,
+    topology: Topology,
+    schedules: bool = False,
+    trips: hlo.Trips | None = None,
+) -> Iterator[tuple[Record, Program | None]]:
+    """As `compile_record`, with the program, None where it was refused; its files are deleted on leaving.
+
+    schedules: have the compiler dump them. trips: see `hlo.Trips`.
+    """
     record = Record(topology)
-    jitted: Any = function if hasattr(function, "trace") else jax.jit(function)
-    if jax.sharding.get_abstract_mesh().empty:
-        args = jax.tree.map(lambda leaf: _on_first_device(leaf, topology), args)
-    with dispatch.targeting("tpu"), dispatch.recording() as record.choices:
-        traced = _attempt(record, "trace", lambda: jitted.trace(*args))
-        if traced is None:
-            return record
-        lowered = _attempt(record, "lower", lambda: traced.lower(lowering_platforms=("tpu",)))
-    if lowered is None:
-        return record
-    text = lowered.as_text()
-    record.stablehlo_lines, record.stablehlo_bytes = text.count("\n"), len(text)
-    cpu_seconds = process_time()
-    compiled = _attempt(record, "compile", lowered.compile)
-    if compiled is None:
-        return record
-    record.compile_cpu_seconds = process_time() - cpu_seconds
-    record.hbm = read_hbm(compiled, jitted, args, topology.available_hbm_bytes)
-    record.collectives = collectives(compiled.as_text())
-    return record
+    with contextlib.ExitStack() as stack:
+        program = None
+        try:
+            program = _compile(record, function, args, schedules, trips, stack)
+        except dump.Refused as refused:
+            record.refusal = refused.refusal
+        yield record, program
+
+
+def _compile(
+    record: Record,
+    function: Callable[..., Any],
+    args: Any,
+    schedules: bool,
+    trips: hlo.Trips | None,
+    stack: contextlib.ExitStack,
+) -> Program:
+    topology = record.topology
+    with dump.targeting(topology), dispatch.recording() as record.choices:
+        traced = _attempt(record, "trace", lambda: dump.trace(function, args))
+        lowered = _attempt(record, "lower", lambda: dump.lower(traced, topology))
+    record.stablehlo_lines, record.stablehlo_bytes = lowered.lines, lowered.size
+    compiled = stack.enter_context(dump.compiled(lowered, schedules=schedules))
+    record.seconds["compile"], record.compile_cpu_seconds = compiled.seconds, compiled.cpu_seconds
+    module = hlo.parse(compiled.hlo, trips)
+    record.hbm = read_hbm(module, compiled.memory, topology.available_hbm_bytes)
+    record.collectives = collectives(module)
+    return Program(lowered, compiled, module)
 
 
 def _attempt(record: Record, stage: Stage, call: Callable[[], Any]) -> Any:
-    """What `call` returns, its seconds in the record; or None, its refusal there."""
+    """What `call` returns, its seconds in the record. Raises `dump.Refused` for the stage's refusals."""
     start = perf_counter()
     try:
         result = call()
     except _REFUSALS[stage] as error:
-        record.refusal = Refusal(stage, type(error).__name__, next(iter(str(error).splitlines()), ""))
-        return None
+        raise dump.Refused(Refusal.of(stage, error), str(error)) from error
     record.seconds[stage] = perf_counter() - start
     return result
-
-
-def _on_first_device(leaf: Any, topology: Topology) -> Any:
-    if not hasattr(leaf, "shape"):
-        return leaf  # a Python number
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=topology.single_device)
 
 
 def _hbm_row(hbm: Hbm) -> dict[str, int]:
@@ -175,8 +184,8 @@ def _hbm_row(hbm: Hbm) -> dict[str, int]:
     }
 
 
-def _collectives_row(found: Collectives) -> dict[str, int]:
-    row = {"collectives/loops_of_unknown_length": found.loops_of_unknown_length}
+def _collectives_row(found: Collectives) -> dict[str, float]:
+    row: dict[str, float] = {"collectives/loops_of_unknown_length": found.loops_of_unknown_length}
     for name, kind in found.kinds.items():
         row |= {f"collectives/{name}/count": kind.count, f"collectives/{name}/payload_bytes": kind.payload_bytes}
     return row

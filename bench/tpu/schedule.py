@@ -6,10 +6,12 @@
 
 Every kernel is counted by executing its scalar program (`scalar.py`), so loops and skipped blocks are followed exactly;
 vector work is scheduled statically and needs no execution. One core is counted: on chips with two cores per device
-(v4, v5p) the other is taken to be as busy.
+(v4, v5p) the other is taken to be as busy. Collectives take their bytes over the published bandwidth of the links
+(`collectives.py`), less the kernels that the program runs meanwhile (`timeline.py`).
 
-Not in the prediction: launching a kernel (1 to 3 µs each), the interconnect, contention in HBM, power, copies that XLA
-runs beside kernels (their bytes are reported). So predictions are optimistic, by a factor that is stable per chip.
+Not in the prediction: launching a kernel (1 to 3 µs each), latency of the interconnect, contention in HBM, power,
+copies that XLA runs beside kernels (their bytes are reported). So predictions are optimistic, by a factor that is
+stable per chip.
 """
 
 import argparse
@@ -18,59 +20,120 @@ import importlib.util
 import json
 import logging
 import sys
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from bench.tpu import dump, hlo, kernel, picture
-from bench.tpu.core import CORES, Core, core_of
+from bench.tpu import dump, hlo, picture
+from bench.tpu.core import CORES, core_of
+from bench.tpu.hbm import Hbm
+from bench.tpu.record import Program, Record, compiling
+from bench.tpu.timeline import Kernel, Reader, ScalarOperands, Transfer
+from bench.tpu.topology import tpu_topology
 
 logger = logging.getLogger(__name__)
 
-# Values of scalar operands that are data at run time: (part of the kernel's name, index of the operand) -> array.
-ScalarOperands = Mapping[tuple[str, int], np.ndarray]
-
-_NO_WORK = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "copy-done"}
-_COPIES = {"copy-start", "copy", "slice-start", "async-start"}
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """calls: per run of the function. predicted_ms: of all its calls."""
-
-    name: str
-    is_pallas: bool
-    calls: int
-    predicted_ms: float
-    count: kernel.Count
+_SHOWN = 30  # kernels in a table
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A compiled function on one core of `chip`.
+    """A compiled function on one core of `chip`. All times are predictions, none is measured.
 
-    predicted_ms: a prediction, never measured: the kernels one after the other.
     copied_bytes: moved by XLA's own copies, which overlap with kernels; copied_ms: at full bandwidth. Not in the sum.
-    memory: bytes of the device by use. notes: what makes the prediction doubtful.
+    notes: what makes the prediction doubtful.
     """
 
     chip: str
     clock_ghz: float
-    predicted_ms: float
     kernels: tuple[Kernel, ...]
-    copied_bytes: int
+    transfers: tuple[Transfer, ...]
+    copied_bytes: float
     copied_ms: float
-    memory: dict[str, int]
+    hbm: Hbm
     compile_seconds: float
     notes: tuple[str, ...]
 
+    @property
+    def pallas_ms(self) -> float:
+        return sum(k.predicted_ms for k in self.kernels if k.is_pallas)
+
+    @property
+    def xla_ms(self) -> float:
+        return sum(k.predicted_ms for k in self.kernels if not k.is_pallas)
+
+    @property
+    def collective_ms(self) -> float:
+        return sum(transfer.ms for transfer in self.transfers)
+
+    @property
+    def exposed_ms(self) -> float:
+        """Of the collectives, what no kernel runs beside."""
+        return sum(transfer.exposed_ms for transfer in self.transfers)
+
+    @property
+    def predicted_ms(self) -> float:
+        """The kernels one after the other, and collectives where nothing runs beside them."""
+        return sum(k.predicted_ms for k in self.kernels) + self.exposed_ms
+
+    @property
+    def no_latency_ms(self) -> float:
+        """The same if a kernel never waited for a DMA longer than its bytes take: a bound from below, far below where
+        loops run many small programs, each of which waits for what the one before it has written."""
+        return self.exposed_ms + sum(self._no_latency_ms(k) for k in self.kernels)
+
+    def _no_latency_ms(self, k: Kernel) -> float:
+        core = core_of(self.chip)
+        moving = k.count.hbm_bytes / core.hbm_bytes_per_second
+        return 1e3 * k.calls * max(moving, k.count.static_cycles / core.clock_hz)
+
+    @property
+    def nothing_overlaps_ms(self) -> float:
+        """The same if collectives and copies never ran beside kernels: how much overlap can matter."""
+        return self.pallas_ms + self.xla_ms + self.collective_ms + self.copied_ms
+
+    @property
+    def xla_cost_model_ms(self) -> tuple[float, float]:
+        """(what XLA's cost model says of its fusions, our prediction of the same ones): a second opinion. It adds over
+        2000 cycles for each launch on v5p, which we leave out."""
+        known = [k for k in self.kernels if k.estimated_ms is not None]
+        return sum(k.estimated_ms or 0.0 for k in known), sum(k.predicted_ms for k in known)
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Where the predicted time goes, in ms; copies, which it does not contain, last."""
+        return {
+            "Pallas": self.pallas_ms,
+            "XLA": self.xla_ms,
+            "exposed collectives": self.exposed_ms,
+            "copies beside": self.copied_ms,
+        }
+
+    @property
+    def scopes(self) -> dict[str, float]:
+        """ms by where in the source the work comes from, exposed collectives included, the longest first."""
+        found: defaultdict[str, float] = defaultdict(float)
+        for k in self.kernels:
+            found[k.scope] += k.predicted_ms
+        for transfer in self.transfers:
+            found[transfer.scope] += transfer.exposed_ms
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        totals = (
+            "predicted_ms",
+            "no_latency_ms",
+            "nothing_overlaps_ms",
+            "collective_ms",
+            "parts",
+            "scopes",
+            "xla_cost_model_ms",
+        )
+        return {name: getattr(self, name) for name in totals} | dataclasses.asdict(self)
 
     def table(self) -> str:
         """Kernels by time, the longest first."""
@@ -78,126 +141,120 @@ class Schedule:
 
 
 def analyze(
-    function: Callable[..., Any], args: Sequence[Any], chip: str, *, smem: ScalarOperands | None = None
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    chip: str,
+    *,
+    smem: ScalarOperands | None = None,
+    trips: hlo.Trips | None = None,
 ) -> Schedule:
     """Compiles `function(*args)` for one device of `chip` and counts its kernels.
 
     args: arrays, or `jax.ShapeDtypeStruct`s. smem: scalar tables that are data at run time (a plan of blocks); without
-    them the kernel is counted as if they were zeros, and a warning says so.
+    them the kernel is counted as if they were zeros, and a warning says so. trips: of loops whose bounds are computed,
+    by part of the loop's name, op_name or scope; without them such a loop counts once, and a warning says so.
 
-    Raises ValueError for an unknown chip or an entry of `smem` that no kernel has; `dump.Refused` where the compiler
-    refuses; RuntimeError without libtpu.
+    Raises ValueError for an unknown chip or an entry of `smem` or `trips` that nothing has; `dump.Refused` where a
+    stage refuses; ModuleNotFoundError without libtpu.
     """
-    core = core_of(chip)
-    with dump.compile_and_dump(dump.lower(function, args, core), core) as dumped:
-        return read(core, dumped, smem or {})
+    core_of(chip)
+    topology = tpu_topology(chip)
+    with compiling(function, *args, topology=topology, schedules=True, trips=trips) as (record, program):
+        if program is None:
+            assert record.refusal is not None
+            raise dump.Refused(record.refusal, f"{chip}: {record.refusal}")
+        schedule = read(record, program, smem)
+    if unused := set(trips or {}) - program.module.used_trips:
+        loops = [i for block in program.module.computations.values() for i in block if i.opcode == "while"]
+        names = ", ".join(f"{loop.name} ({program.module.scope(loop)}: {loop.op_name})" for loop in loops)
+        raise ValueError(f"trips: no loop of unknown length has {sorted(unused)}; loops here: {names or 'none'}.")
+    return schedule
 
 
-def read(core: Core, dumped: dump.Dump, smem: ScalarOperands) -> Schedule:
-    """The schedule of what has been compiled and dumped; see `analyze`."""
-    return _Reader(core, dumped, smem).schedule()
+def read(record: Record, program: Program, smem: ScalarOperands | None = None) -> Schedule:
+    """The schedule of a program that was compiled with `schedules=True`."""
+    core = core_of(record.topology.chip.name)
+    counted = Reader(
+        core, record.topology, program.lowered.devices, program.compiled, program.module, smem or {}
+    ).counted()
+    for note in counted.notes:
+        logger.warning("%s", note)
+    assert record.hbm is not None
+    return Schedule(
+        chip=core.chip.name,
+        clock_ghz=core.clock_hz / 1e9,
+        kernels=counted.kernels,
+        transfers=counted.transfers,
+        copied_bytes=counted.copied_bytes,
+        copied_ms=counted.copied_bytes / core.chip.hbm_bytes_per_second * 1e3,
+        hbm=record.hbm,
+        compile_seconds=record.seconds["compile"],
+        notes=counted.notes,
+    )
 
 
-class _Reader:
-    """Puts together what HLO says is called, and what each kernel's program takes."""
-
-    def __init__(self, core: Core, dumped: dump.Dump, smem: ScalarOperands):
-        self._core, self._dump, self._smem = core, dumped, smem
-        self._module = hlo.parse(dumped.hlo)
-        self._constants = self._module.constants()
-        self._layouts = {i.name: hlo.layout_of(i.shape) for block in self._module.computations.values() for i in block}
-        self._notes: list[str] = []
-        self._used: set[tuple[str, int]] = set()
-
-    def schedule(self) -> Schedule:
-        kernels, copied, without = [], 0, Counter[str]()
-        for call in self._module.calls():
-            instruction = call.instruction
-            if instruction.opcode in _NO_WORK:
-                continue
-            if files := self._dump.kernel(instruction.name):
-                kernels.append(self._kernel(call, files))
-            elif instruction.opcode in _COPIES:
-                copied += call.times * hlo.bytes_of(instruction.shape)
-            else:
-                without[instruction.opcode] += call.times
-        if unused := set(self._smem) - self._used:
-            names = sorted({k.name for k in kernels if k.is_pallas})
-            raise ValueError(
-                f"smem: no kernel has {sorted(unused)}; Pallas kernels here: {', '.join(names) or 'none'}."
-            )
-        self._notes += self._module.notes
-        if without:
-            counts = ", ".join(f"{n} {opcode}" for opcode, n in without.items())
-            self._notes.append(f"without a schedule, counted as nothing: {counts}")
-        for note in self._notes:
-            logger.warning("%s", note)
-        return Schedule(
-            chip=self._core.chip.name,
-            clock_ghz=self._core.clock_hz / 1e9,
-            predicted_ms=sum(k.predicted_ms for k in kernels),
-            kernels=tuple(kernels),
-            copied_bytes=copied,
-            copied_ms=copied / self._core.hbm_bytes_per_second * 1e3,
-            memory=self._dump.memory,
-            compile_seconds=self._dump.compile_seconds,
-            notes=tuple(self._notes),
-        )
-
-    def _kernel(self, call: hlo.Call, files: dump.KernelFiles) -> Kernel:
-        instruction = call.instruction
-        count = kernel.count(files, self._core, self._tables(instruction))
-        self._notes += [f"{instruction.name}: {warning}" for warning in count.warnings]
-        if instruction.is_pallas:
-            self._notes += [self._missing(instruction, index) for index in count.missing_operands]
-        seconds = max(count.cycles / self._core.clock_hz, count.hbm_bytes / self._core.hbm_bytes_per_second)
-        return Kernel(
-            name=instruction.name,
-            is_pallas=instruction.is_pallas,
-            calls=call.times,
-            predicted_ms=1e3 * seconds * call.times,
-            count=count,
-        )
-
-    def _tables(self, instruction: hlo.Instruction) -> dict[int, np.ndarray]:
-        """The kernel's operands that are known: given by the caller, or constants of the program."""
-        tables = {}
-        for index, name in enumerate(instruction.operands):
-            given = [key for key in self._smem if key[0] in instruction.name and key[1] == index]
-            if given:
-                self._used.update(given)
-                tables[index] = hlo.pack_words(self._smem[given[0]], self._layouts.get(name, "{}"))
-            elif name in self._constants:
-                tables[index] = hlo.pack_words(*self._constants[name])
-        return tables
-
-    def _missing(self, instruction: hlo.Instruction, index: int) -> str:
-        name = instruction.operands[index] if index < len(instruction.operands) else "?"
-        return (
-            f"{instruction.name}: operand {index} (%{name}) is read as scalars and known at run time only: counted"
-            f" as zeros. Pass smem={{({instruction.name.split('.')[0]!r}, {index}): array}}."
-        )
-
-
-def _lines(schedule: Schedule):
+def _lines(schedule: Schedule) -> Iterator[str]:
     yield (
         f"{schedule.chip}, one core at {schedule.clock_ghz:.2f} GHz: predicted (not measured)"
         f" {schedule.predicted_ms:.4f} ms; compiled in {schedule.compile_seconds:.1f} s"
     )
-    yield "HBM: " + ", ".join(f"{name[:-6]} {size / 2**20:.1f} MiB" for name, size in schedule.memory.items() if size)
-    head = "    ms    calls   cycles  matrix stall  dma wait  MXU busy  VALU  EUP   spills   HBM MB  VMEM MiB  kernel"
-    yield head
-    for k in sorted(schedule.kernels, key=lambda k: -k.predicted_ms):
+    hbm = schedule.hbm
+    set_aside, peak, code = (_mib(size) for size in (hbm.reserved_bytes, hbm.peak_bytes, hbm.code_bytes))
+    yield f"HBM: {set_aside} set aside, {peak} in use at the most, {code} code"
+    yield (
+        f"Pallas {schedule.pallas_ms:.4f} ms, XLA {schedule.xla_ms:.4f} ms, exposed collectives"
+        f" {schedule.exposed_ms:.4f} ms of {schedule.collective_ms:.4f}"
+    )
+    yield (
+        f"between {schedule.no_latency_ms:.4f} ms if DMAs had no latency and {schedule.nothing_overlaps_ms:.4f} ms if"
+        " collectives and copies overlapped with nothing"
+    )
+    estimated, ours = schedule.xla_cost_model_ms
+    if estimated:
+        yield f"XLA's own cost model, launches included: {estimated:.4f} ms for fusions predicted to take {ours:.4f} ms"
+    yield "    ms    calls   cycles  matrix stall  dma wait  MXU busy  VALU  EUP   spills   HBM MB  VMEM MiB  kernel"
+    kernels = sorted(schedule.kernels, key=lambda k: -k.predicted_ms)
+    for k in kernels[:_SHOWN]:
         c = k.count
         yield (
-            f"{k.predicted_ms:9.4f} {k.calls:5} {c.cycles:9} {c.matrix_stall_cycles:10} {c.dma_wait_cycles:11}"
+            f"{k.predicted_ms:9.4f} {k.calls:5g} {c.cycles:9} {c.matrix_stall_cycles:10} {c.dma_wait_cycles:11}"
             f" {c.matrix_busy:9.0%} {c.slots['VALU']:5.0%} {c.slots['EUP']:5.0%} {c.spills:8} {c.hbm_bytes / 1e6:8.2f}"
-            f" {c.vmem_bytes / 2**20:8.2f}   {k.name}{' (Pallas)' if k.is_pallas else ''}"
+            f" {c.vmem_bytes / 2**20:8.2f}   {k.name}{' (Pallas)' if k.is_pallas else ''}  {k.scope}"
         )
+    if rest := kernels[_SHOWN:]:
+        yield f"{sum(k.predicted_ms for k in rest):9.4f} ms in {len(rest)} more kernels"
+    kinds: defaultdict[str, list[Transfer]] = defaultdict(list)
+    for transfer in schedule.transfers:
+        kinds[transfer.kind].append(transfer)
+    for kind, transfers in kinds.items():
+        calls, size = sum(t.calls for t in transfers), sum(t.calls * t.payload_bytes for t in transfers)
+        ms, exposed = sum(t.ms for t in transfers), sum(t.exposed_ms for t in transfers)
+        yield f"{ms:9.4f} {calls:5g} {kind}, {size / 1e6:.2f} MB, {exposed:.4f} ms exposed"
+    if len(schedule.scopes) > 1:
+        yield "by scope: " + ", ".join(f"{scope} {ms:.4f} ms" for scope, ms in schedule.scopes.items())
     if schedule.copied_bytes:
         size, ms = schedule.copied_bytes / 1e6, schedule.copied_ms
         yield f"copies beside kernels: {size:.2f} MB, {ms:.4f} ms at full bandwidth, not in the sum"
     yield from (f"note: {note}" for note in schedule.notes)
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:.1f} MiB"
+
+
+def page(schedules: dict[str, Schedule], shown: int = 1) -> str:
+    """A picture: where the time goes, and the `shown` longest kernels of each."""
+    counts = {
+        f"{title}: {k.name} ({k.scope}), {k.calls:g} calls on {s.chip}": k.count
+        for title, s in schedules.items()
+        for k in sorted(s.kernels, key=lambda k: -k.predicted_ms)[:shown]
+    }
+    bars = {
+        f"{title} on {s.chip}: {what}": parts
+        for title, s in schedules.items()
+        for what, parts in (("where the predicted time goes", s.parts), ("by scope", s.scopes))
+    }
+    return picture.page(counts, bars)
 
 
 def load_case(spec: str) -> tuple[Callable[..., Any], Sequence[Any], ScalarOperands]:
@@ -237,17 +294,12 @@ def main() -> None:
         for spec, (function, args, smem) in cases.items():
             schedules[spec] = analyze(function, args, options.chip, smem=smem)
             print(f"{spec}\n{schedules[spec].table()}\n")
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, ModuleNotFoundError) as error:
         parser.error(str(error))
     if options.json:
         options.json.write_text(json.dumps({spec: s.to_json() for spec, s in schedules.items()}, indent=1))
     if options.picture:
-        counts = {
-            f"{Path(spec).name}: {k.name} on {s.chip}": k.count
-            for spec, s in schedules.items()
-            for k in [max(s.kernels, key=lambda k: k.predicted_ms)]
-        }
-        options.picture.write_text(picture.page(counts))
+        options.picture.write_text(page({Path(spec).name: schedule for spec, schedule in schedules.items()}))
 
 
 if __name__ == "__main__":

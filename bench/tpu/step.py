@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A variant's training step, compiled for a TPU topology from shapes alone.
+"""A variant's training step, compiled for a TPU topology from shapes alone, and how long it is predicted to take.
 
-`python -m bench.tpu.step array_stacked v5p:2x2x1 --batch-size 32` does it with the 130M template.
+    python -m bench.tpu.step array_stacked v5p:2x2x1 --batch-size 32 --predict --picture step.html
+
+does it with the 130M template; `--levanter` with Levanter's attention, loss and stack in the same model.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
+import json
 import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +22,42 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from bench import levanter_grug
 from bench.laptop import Example, Mask
-from bench.tpu.record import Record, compile_record
+from bench.tpu import schedule
+from bench.tpu.record import Program, Record, compiling
+from bench.tpu.schedule import Schedule
 from bench.tpu.topology import Topology, tpu_topology
+from grug_kernels.attention import AttentionMask
+from grug_kernels.attention.block_sizes import default_block_sizes
+from grug_kernels.attention.mask import visited_key_blocks
 
 VARIANTS = Path(__file__).parent.parent.parent / "grug_model"
+
+
+@dataclass(frozen=True)
+class StepPrediction:
+    """tokens: of all devices in one step. chips: of the topology, which on TPU7x have two devices each."""
+
+    schedule: Schedule
+    tokens: int
+    chips: int
+
+    @property
+    def seconds(self) -> float:
+        return self.schedule.predicted_ms / 1e3
+
+    @property
+    def tokens_per_second_per_chip(self) -> float:
+        return self.tokens / self.seconds / self.chips
+
+    def to_json(self) -> dict[str, Any]:
+        rate = {"seconds": self.seconds, "tokens_per_second_per_chip": self.tokens_per_second_per_chip}
+        return rate | self.schedule.to_json()
+
+    def __str__(self) -> str:
+        rate = f"predicted step {self.seconds * 1e3:.1f} ms, {self.tokens_per_second_per_chip:,.0f} tokens/s per chip"
+        return f"{rate}\n{self.schedule.table()}"
 
 
 def template(variant: str, *, model: dict[str, Any] | None = None, trainer: dict[str, Any] | None = None) -> Any:
@@ -33,12 +70,33 @@ def template(variant: str, *, model: dict[str, Any] | None = None, trainer: dict
     )
 
 
-def step_record(variant: str, config: Any, topology: Topology) -> Record:
+def step_record(variant: str, config: Any, topology: Topology, *, levanter: bool = False) -> Record:
     """config: the variant's launch configuration; of it, model, optimizer and trainer are read.
+
+    levanter: with Levanter's attention, loss and stack in place of ours.
 
     Raises:
       ValueError: the batch does not divide over the topology's devices.
     """
+    with _compiling_step(variant, config, topology, levanter, schedules=False) as (record, _):
+        return record
+
+
+def predicted_step(
+    variant: str, config: Any, topology: Topology, *, levanter: bool = False
+) -> tuple[Record, StepPrediction | None]:
+    """As `step_record`, and what the step is predicted to take; None where it was refused. Compiles once."""
+    with _compiling_step(variant, config, topology, levanter, schedules=True) as (record, program):
+        if program is None:
+            return record, None
+        tokens = config.trainer.batch_size * config.trainer.seq_len
+        return record, StepPrediction(schedule.read(record, program), tokens, topology.num_chips)
+
+
+@contextlib.contextmanager
+def _compiling_step(
+    variant: str, config: Any, topology: Topology, levanter: bool, schedules: bool
+) -> Iterator[tuple[Record, Program | None]]:
     train = importlib.import_module(f"grug_model.{variant}.train")
     trainer = config.trainer
     mesh = topology.mesh(model=trainer.model_axis)
@@ -48,12 +106,24 @@ def step_record(variant: str, config: Any, topology: Topology) -> Record:
             f" {topology.name} that share the batch. Choose a multiple of {mesh.shape['data']}."
         )
     optimizer = config.optimizer.build(trainer.steps, matrix_axes=train.matrix_axes)
-    with topology.targeted(mesh):
+    trips = {"attention": attention_trips(trainer.seq_len)}
+    pieces = levanter_grug.in_place_of_ours(variant, tpu=topology.devices) if levanter else contextlib.nullcontext()
+    with topology.targeted(mesh), pieces:
         state = jax.eval_shape(
             lambda: train.init_train_state(config.model, optimizer, trainer, key=jax.random.key(trainer.seed))
         )
         batch = abstract_batch(mesh, trainer.batch_size, trainer.seq_len)
-        return compile_record(train.make_train_step(optimizer, trainer), state, batch, topology=topology)
+        train_step = train.make_train_step(optimizer, trainer)
+        with compiling(train_step, state, batch, topology=topology, schedules=schedules, trips=trips) as compiled:
+            yield compiled
+
+
+def attention_trips(seq_len: int) -> float:
+    """Key blocks that a block of queries visits on average in `grug_kernels.attention`'s xla loops, whose bounds are
+    data: of a causal mask and one document a row, which is the most that a packed batch can have."""
+    intervals = AttentionMask(causal=True).intervals(1, seq_len, seq_len)
+    first, last = visited_key_blocks(intervals, default_block_sizes(seq_len, seq_len))
+    return float((last - first).mean())
 
 
 def abstract_batch(mesh: Mesh, batch_size: int, seq_len: int) -> Example:
@@ -73,17 +143,35 @@ def main() -> None:
     parser.add_argument("--num-layers", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=4096)
+    parser.add_argument("--levanter", action="store_true", help="with Levanter's attention, loss and stack")
+    parser.add_argument("--predict", action="store_true", help="also read the schedule: how long a step takes")
+    parser.add_argument("--json", type=Path, help="write everything there; implies --predict")
+    parser.add_argument("--picture", type=Path, help="write an HTML page of where the time goes; implies --predict")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
+    logging.getLogger(schedule.__name__).setLevel(logging.ERROR)  # the table has the notes
     config = template(
         options.variant,
         model={"num_layers": options.num_layers},
         trainer={"batch_size": options.batch_size, "seq_len": options.seq_len},
     )
+    prediction = None
     try:
-        print(step_record(options.variant, config, tpu_topology(options.topology)))
+        topology = tpu_topology(options.topology)
+        if options.predict or options.json or options.picture:
+            record, prediction = predicted_step(options.variant, config, topology, levanter=options.levanter)
+        else:
+            record = step_record(options.variant, config, topology, levanter=options.levanter)
     except (ValueError, ModuleNotFoundError) as error:
         parser.error(str(error))  # its message says what to do; a traceback would hide it
+    print(record)
+    if prediction:
+        print(prediction)
+    if options.json:
+        options.json.write_text(json.dumps(record.row() | (prediction.to_json() if prediction else {}), indent=1))
+    if options.picture and prediction:
+        title = f"{'levanter ' if options.levanter else ''}{options.variant}"
+        options.picture.write_text(schedule.page({title: prediction.schedule}, shown=5))
 
 
 if __name__ == "__main__":

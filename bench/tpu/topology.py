@@ -5,7 +5,7 @@ libtpu (`uv sync --extra tpu`) holds the compiler of every chip and needs none o
 
     topology = tpu_topology("v6e:4x4")
     with topology.targeted(topology.mesh(model=2)):
-        compiled = jitted.trace(*shapes_with_shardings).lower(lowering_platforms=("tpu",)).compile()
+        record = compile_record(jitted, *shapes_with_shardings, topology=topology)
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh
 
 from grug_kernels import chips, dispatch
 from train.mesh import AXES, quiet_libtpu
@@ -43,6 +43,7 @@ class _Compiled(NamedTuple):
 
 # libtpu 0.0.48.1, 2026-11-21
 _CHIPS = {
+    "v4": _Compiled("2x2x1", "4x4x4", 30.75),
     "v5e": _Compiled("2x2", "4x4", 15.75),
     "v5p": _Compiled("2x2x1", "4x4x4", 95.73),
     "v6e": _Compiled("2x2", "16x16", 31.24),
@@ -70,9 +71,13 @@ class Topology:
         return min(self.chip.hbm_bytes, _CHIPS[self.chip.name].hbm_gib * chips.GIB)
 
     @property
-    def single_device(self) -> SingleDeviceSharding:
-        """Places an array on the first device."""
-        return SingleDeviceSharding(self.devices[0])
+    def num_chips(self) -> int:
+        return len({tuple(device.coords) for device in self.devices})
+
+    @property
+    def links_per_chip(self) -> int:
+        """Two along each axis that chips of this kind are wired along: six in three dimensions, four in two."""
+        return 2 * _CHIPS[self.chip.name].smallest.count("x") + 2
 
     def mesh(self, *, replica_dcn: int = 1, context: int = 1, expert: int = 1, model: int = 1) -> Mesh:
         """All devices along `train.mesh.AXES`, all explicit; `data` takes those that the other axes leave.

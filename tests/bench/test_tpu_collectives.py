@@ -3,7 +3,8 @@
 
 import pytest
 
-from bench.tpu.collectives import collectives
+from bench.tpu import collectives, hlo
+from tests.bench.tpu_cases import topology
 
 # A scan of 6 layers that gathers a weight; a reduce-scatter as XLA:TPU writes it; an asynchronous permute; a gradient.
 PROGRAM = """\
@@ -50,8 +51,12 @@ ENTRY %main (weight: bf16[128,64]) -> f32[] {
 """  # noqa: E501
 
 
+def count(program: str) -> collectives.Collectives:
+    return collectives.collectives(hlo.parse(program))
+
+
 def test_each_kind_is_counted_with_its_bytes():
-    found = collectives(PROGRAM)
+    found = count(PROGRAM)
     counted = {name: (kind.count, kind.payload_bytes) for name, kind in found.kinds.items()}
     assert counted == {
         "all-gather": (6, 6 * 128 * 64 * 2),  # six layers, the whole weight in bf16 each time
@@ -74,7 +79,7 @@ def test_each_kind_is_counted_with_its_bytes():
 def test_a_loop_of_unknown_length_counts_once_and_is_told_of(condition):
     old = "ROOT %lt = pred[]{:T(512)} compare(%counter.1, %six), direction=LT"
     bound = "  %bound = s32[] get-tuple-element(%carry.1), index=0\n  "
-    found = collectives(PROGRAM.replace("  " + old, bound + condition))
+    found = count(PROGRAM.replace("  " + old, bound + condition))
     assert found.kinds["all-gather"].count == 1
     assert found.loops_of_unknown_length == 1
 
@@ -82,7 +87,7 @@ def test_a_loop_of_unknown_length_counts_once_and_is_told_of(condition):
 def test_a_loop_of_unknown_length_without_collectives_matters_to_nobody():
     """The blockwise attention's loops are such."""
     gather = next(line for line in PROGRAM.splitlines() if "all-gather(" in line)
-    found = collectives(PROGRAM.replace("direction=LT", "direction=NE").replace(gather, ""))
+    found = count(PROGRAM.replace("direction=LT", "direction=NE").replace(gather, ""))
     assert found.loops_of_unknown_length == 0
     assert "all-gather" not in found.kinds
 
@@ -92,9 +97,66 @@ def test_every_branch_is_counted():
     call = "%fusion.1 = f32[128,64]{1,0:T(8,128)} fusion(%big), kind=kCustom, calls=%all-reduce-scatter.1"
     branches = call.replace("fusion(%big), kind=kCustom, calls=%all-reduce-scatter.1", "conditional(%a, %big, %big), ")
     branches += "branch_computations={%all-reduce-scatter.1, %all-reduce-scatter.1}"
-    assert collectives(PROGRAM.replace(call, branches)).kinds["reduce-scatter"].count == 2
+    assert count(PROGRAM.replace(call, branches)).kinds["reduce-scatter"].count == 2
+
+
+def test_a_loop_of_a_length_that_is_given_counts_so():
+    program = PROGRAM.replace("direction=LT", "direction=NE")
+    found = collectives.collectives(hlo.parse(program, {"while.1": 2.5}))
+    assert found.kinds["all-gather"].count == 2.5
+    assert found.loops_of_unknown_length == 0
+
+
+@pytest.mark.parametrize(
+    ("groups", "members"),
+    [
+        ("{{0,2},{1,3}}", (0, 2)),
+        ("[2,4]<=[8]", (0, 1, 2, 3)),
+        ("[2,4]<=[4,2]T(1,0)", (0, 2, 4, 6)),
+        ("mesh['axis_0'=4] {'axis_0'}", (0, 1, 2, 3)),
+        ("mesh['data'=2,'model'=4] {'model'}", (0, 1, 2, 3)),
+        ("mesh['data'=2,'model'=4] {'data'}", (0, 4)),
+        ("{}", ()),
+    ],
+)
+def test_the_first_group_is_read_in_every_notation(groups, members):
+    line = PROGRAM.replace("channel_id=2,", f"channel_id=2, replica_groups={groups},")
+    module = hlo.parse(line)
+    gather = next(i for i in module.computations["layer"] if i.opcode == "all-gather")
+    assert collectives.collective_of(module, "layer", gather).members == members
+
+
+@pytest.mark.parametrize(
+    ("name", "extents", "members", "links"),
+    [
+        ("v5p", (2, 2, 1), (0, 1, 2, 3), 2),  # one link along each of two axes
+        ("v5p", (2, 2, 1), (0, 1), 1),
+        ("v5p", (4, 4, 4), range(64), 6),  # three rings
+        ("v5p", (4, 4, 4), range(4), 2),  # one ring
+        ("v5p", (4, 4, 4), (0, 1), 1),  # half of a ring is a line
+        ("v6e", (4, 4, 1), range(16), 2),  # v6e closes at 16 chips
+        ("v6e", (16, 16, 1), range(256), 4),
+    ],
+)
+def test_links_are_those_of_the_axes_that_a_group_spans(name, extents, members, links):
+    assert collectives.links(members, topology(name, *extents), range(256)) == links
+
+
+@pytest.mark.parametrize(
+    ("kind", "share"),
+    [("all-gather", 3 / 4), ("reduce-scatter", 3 / 4), ("all-reduce", 2 * 3 / 4), ("collective-permute", 2)],
+)
+def test_seconds_are_bytes_over_the_links(kind, share):
+    """v5p: 600 GB/s over six links, of which four chips in a square use two, and a permutation one."""
+    sent = collectives.Collective(kind, 10**9, () if kind == "collective-permute" else (0, 1, 2, 3))
+    assert collectives.seconds(sent, topology("v5p", 2, 2, 1), range(4)) == pytest.approx(share * 1e9 / 200e9)
+
+
+def test_one_device_sends_nothing():
+    sent = collectives.Collective("all-reduce", 10**9, (0,))
+    assert collectives.seconds(sent, topology("v5p", 2, 2, 1), range(4)) == 0
 
 
 def test_other_text_is_refused():
     with pytest.raises(ValueError, match=r"no ENTRY computation in 9 characters.*compiled.as_text\(\)"):
-        collectives("module {}")
+        count("module {}")

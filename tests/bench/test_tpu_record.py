@@ -10,8 +10,11 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
-from bench.tpu import step
-from bench.tpu.record import Record, Refusal, compile_record
+from bench.tpu import schedule, step
+from bench.tpu.collectives import KINDS
+from bench.tpu.dump import Refusal
+from bench.tpu.record import Record, compile_record, compiling
+from bench.tpu.schedule import Schedule
 from bench.tpu.topology import LIBTPU_IS_MISSING, has_libtpu, tpu_topology
 from grug_kernels import dispatch
 from grug_kernels.attention import AttentionMask, attention
@@ -184,12 +187,6 @@ def test_a_kernels_own_refusal_is_a_row_and_a_callers_mistake_is_not():
         compile_record(lambda x: x @ x, struct(8, 7), topology=tpu_topology("v6e"))
 
 
-def test_a_compilation_cache_is_warned_of(monkeypatch, caplog):
-    monkeypatch.setattr(type(jax.config), "jax_compilation_cache_dir", property(lambda config: "/some/where"))
-    compile_record(lambda x: x + 1, struct(8), topology=tpu_topology("v6e"))
-    assert "jax_compilation_cache_dir is /some/where: compile seconds may be" in caplog.text
-
-
 def test_a_batch_that_does_not_divide_over_the_devices():
     config = step.template("base", trainer={"batch_size": 6})
     with pytest.raises(ValueError, match="batch_size=6 is not a multiple of the 4 devices of v6e:2x2"):
@@ -209,7 +206,7 @@ def test_a_variants_step_compiles_from_shapes_alone():
 
 
 def test_the_command_compiles_what_it_was_asked_for(monkeypatch, capsys):
-    def fake(variant, config, topology):
+    def fake(variant, config, topology, *, levanter):
         refusal = f"{variant} {config.model.num_layers} {config.trainer.batch_size} {config.trainer.seq_len}"
         return Record(topology, refusal=Refusal("compile", "Error", refusal))
 
@@ -224,3 +221,78 @@ def test_the_command_says_what_is_wrong_without_a_traceback(monkeypatch, capsys)
     with pytest.raises(SystemExit):
         step.main()
     assert "'v9' is no TPU that can be compiled for" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def schedule_of_four() -> tuple[Record, Schedule]:
+    topology = tpu_topology("v6e")
+    mesh = topology.mesh()
+    with topology.targeted(mesh):
+        state = jax.eval_shape(make_state)
+        batch = jax.ShapeDtypeStruct((512, 256), jnp.float32, sharding=jax.NamedSharding(mesh, P("data", None)))
+        step_of_it = jax.jit(train_step, donate_argnums=0)
+        with compiling(step_of_it, state, batch, topology=topology, schedules=True) as (record, program):
+            return record, schedule.read(record, program)
+
+
+def test_a_sharded_program_is_compiled_once_for_record_and_prediction(schedule_of_four, step_of_four):
+    record, read = schedule_of_four
+    assert record.hbm.peak_bytes == step_of_four.hbm.peak_bytes
+    assert record.collectives.kinds == step_of_four.collectives.kinds
+    for name, kind in record.collectives.kinds.items():
+        transfers = [transfer for transfer in read.transfers if transfer.kind == name]
+        assert sum(transfer.calls for transfer in transfers) == kind.count
+        assert sum(transfer.calls * transfer.payload_bytes for transfer in transfers) == kind.payload_bytes
+    # 3/4 of a weight over two links of 100 GB/s.
+    gathers = [transfer for transfer in read.transfers if transfer.kind == "all-gather"]
+    assert gathers[0].ms == pytest.approx(gathers[0].calls * 0.75 * 256 * 128 * 2 / 200e9 * 1e3)
+
+
+def test_a_collective_is_never_executed_as_a_kernel(schedule_of_four):
+    """Its program waits for what another chip sends, and would be executed until it is given up, after minutes."""
+    _, read = schedule_of_four
+    assert read.kernels
+    assert not [k.name for k in read.kernels if k.name.startswith(KINDS)]
+    assert not [note for note in read.notes if "given up" in note]
+    assert {k.calls for k in read.kernels} <= {1, 8}  # the scans are of eight layers
+    assert read.predicted_ms > read.exposed_ms > 0
+
+
+def test_trips_that_no_loop_has_are_an_error_that_names_the_loops():
+    def repeat(n, x):
+        return jax.lax.fori_loop(0, n, lambda i, x: jnp.tanh(x @ x), x)
+
+    args = (struct(dtype=jnp.int32), struct(256, 256))
+    thrice = schedule.analyze(repeat, args, "v5p", trips={"while": 3})
+    assert max(k.calls for k in thrice.kernels) == 3
+    with pytest.raises(ValueError, match=r"no loop of unknown length has \['layers'\]; loops here: while"):
+        schedule.analyze(repeat, args, "v5p", trips={"layers": 3})
+
+
+SMALL = {"num_layers": 1, "hidden_dim": 128, "intermediate_dim": 128, "num_heads": 1, "num_kv_heads": 1}
+SMALL |= {"head_dim": 128, "vocab_size": 256}
+
+
+def test_levanters_step_is_predicted_beside_ours():
+    config = step.template(
+        "array_stacked", model=SMALL | {"max_seq_len": 128}, trainer={"batch_size": 4, "seq_len": 128}
+    )
+    record, prediction = step.predicted_step("array_stacked", config, tpu_topology("v5p"), levanter=True)
+    assert record.refusal is None
+    assert not record.choices  # none of our kernels has been asked
+    splash = [k for k in prediction.schedule.kernels if k.is_pallas]
+    assert {k.scope for k in splash} == {"attention"}
+    assert not [note for note in prediction.schedule.notes if "known at run time only" in note]
+    assert prediction.tokens_per_second_per_chip == pytest.approx(4 * 128 / prediction.seconds / 4)
+
+
+def test_what_levanter_cannot_do_is_a_row():
+    config = step.template("base", model=SMALL | {"max_seq_len": 96}, trainer={"batch_size": 4, "seq_len": 96})
+    row = step.step_record("base", config, tpu_topology("v5p"), levanter=True).row()
+    assert row["refused_at"] == "trace"
+    assert row["unsupported"].startswith("Splash attention requires key/value sequence length to be a multiple of 128")
+
+
+@pytest.mark.parametrize(("seq_len", "trips"), [(4096, 8.5), (256, 1.0), (512, 1.5)])
+def test_attentions_loops_visit_half_of_the_blocks_and_the_diagonal(seq_len, trips):
+    assert step.attention_trips(seq_len) == trips

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from bench.tpu import dump, hlo, kernel, picture, schedule, units
+from bench.tpu import arrays, dump, hlo, kernel, picture, schedule, units
 from bench.tpu.core import CORES, core_of
+from bench.tpu.record import Program
 from grug_kernels import dispatch
 from tests.bench import tpu_cases
 from tests.bench.test_tpu_schedule_scalar import listing
@@ -42,6 +43,11 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
+def program(text: str, directory: Path, aliases: dict[str, str] | None = None) -> Program:
+    compiled = dump.Compiled(text, {}, 1.5, 1.5, directory, aliases or {})
+    return Program(tpu_cases.LOWERED, compiled, hlo.parse(text))
+
+
 @pytest.fixture
 def gather_files():
     return dump.KernelFiles(*((DATA / f"{n}.txt").read_text() for n in ("bundles", "utilization", "allocations")))
@@ -57,7 +63,7 @@ def dumped(tmp_path):
     }
     for part, ours in parts.items():
         (tmp_path / f"1795-gather.1-{part}.txt").write_text((DATA / f"{ours}.txt").read_text())
-    return dump.Dump(HLO, {"argument_bytes": 2**20, "temp_bytes": 0}, 1.5, tmp_path, {})
+    return program(HLO, tmp_path)
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [0, 0, 1, 1, 2, 2], [5, 5, 5, 5, 5, 5], [3, 0, 0, 3, 0, 0]])
@@ -92,7 +98,7 @@ def test_files_of_two_programs_are_refused(gather_files):
 
 
 def test_a_schedule_names_what_it_does_not_know(dumped, caplog):
-    result = schedule.read(CORE, dumped, {})
+    result = schedule.read(tpu_cases.record("v6e"), dumped)
     (gather,) = result.kernels
     assert gather.is_pallas
     assert (gather.calls, gather.count.cycles, result.copied_bytes) == (1, 4415, 64 * 4)
@@ -103,20 +109,21 @@ def test_a_schedule_names_what_it_does_not_know(dumped, caplog):
 
 
 def test_scalars_given_by_the_caller_are_used(dumped):
-    result = schedule.read(CORE, dumped, {("gather", 0): np.arange(6, dtype=np.int32)})
+    result = schedule.read(tpu_cases.record("v6e"), dumped, {("gather", 0): np.arange(6, dtype=np.int32)})
     assert result.kernels[0].count.dmas == 13
     assert not result.notes
 
 
 def test_scalars_for_a_kernel_that_is_not_there_are_an_error(dumped):
     with pytest.raises(ValueError, match=r"no kernel has \[\('gahter', 0\)\]; Pallas kernels here: gather.1"):
-        schedule.read(CORE, dumped, {("gahter", 0): np.arange(6)})
+        schedule.read(tpu_cases.record("v6e"), dumped, {("gahter", 0): np.arange(6)})
 
 
 def test_an_equal_kernel_is_found_under_its_alias(dumped):
     root = next(line for line in HLO.splitlines() if "ROOT" in line)
     twice = HLO.replace(root, f"{root.replace('ROOT ', '')}\n{root.replace('gather.1', 'gather.7')}")
-    result = schedule.read(CORE, dump.Dump(twice, {}, 0, dumped.directory, {"gather.7": "gather.1"}), {})
+    again = program(twice, dumped.compiled.directory, {"gather.7": "gather.1"})
+    result = schedule.read(tpu_cases.record("v6e"), again)
     assert [k.name for k in result.kernels] == ["gather.1", "gather.7"]
 
 
@@ -181,21 +188,27 @@ def test_a_case_that_is_not_there_is_an_error(tmp_path):
 
 def test_without_libtpu_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match="uv sync --extra tpu"), dump.compile_and_dump(b"", CORE):
-        pass
+    with pytest.raises(ModuleNotFoundError, match="uv sync --extra tpu"):
+        schedule.analyze(*tpu_cases.gather(), "v6e")
 
 
-def test_a_compiler_that_dies_is_quoted(monkeypatch):
-    died = subprocess.CompletedProcess([], returncode=-11, stdout="", stderr="Fatal: check failed\n")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+@pytest.mark.parametrize(("status", "error"), [(-11, dump.Refused), (1, RuntimeError)], ids=["crash", "our_mistake"])
+def test_a_compiler_that_dies_is_quoted(monkeypatch, status, error):
+    """A crash of the compiler is its refusal; a worker that fails otherwise is our own mistake, and no row."""
+    died = subprocess.CompletedProcess([], returncode=status, stdout="", stderr="Fatal: check failed\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: died)
-    message = "compiling for v6e:2x2 died with exit status -11:\nFatal: check failed"
-    with pytest.raises(RuntimeError, match=message), dump.compile_and_dump(b"", CORE):
+    message = f"compiling for v6e:2x2 died with exit status {status}:\nFatal: check failed"
+    with pytest.raises(RuntimeError, match=message) as raised, dump.compiled(tpu_cases.LOWERED, schedules=False):
         pass
+    assert type(raised.value) is error
 
 
 def test_lowering_needs_no_libtpu():
-    assert b"tpu_custom_call" in dump.lower(*tpu_cases.gather(), CORE)
+    topology = tpu_cases.topology("v6e", 2, 2, 1)
+    with dump.targeting(topology):
+        lowered = dump.lower(dump.trace(*tpu_cases.gather()), topology)
+    assert b"tpu_custom_call" in lowered.module
+    assert lowered.devices == (0,)
 
 
 @pytest.mark.parametrize("chip", ["v5p", "v6e"])
@@ -206,7 +219,8 @@ def test_functions_are_traced_as_for_the_chip(chip):
         seen.append((dispatch.platform(), str(pltpu.get_tpu_info().chip_version)))
         return x
 
-    dump.lower(function, (np.zeros(8, np.float32),), core_of(chip))
+    with dump.targeting(tpu_cases.topology(chip, 2, 2, 1)):
+        dump.trace(function, (np.zeros(8, np.float32),))
     assert seen == [("tpu", chip)]
 
 
@@ -214,13 +228,13 @@ def test_functions_are_traced_as_for_the_chip(chip):
 def test_the_checked_in_schedule_is_what_libtpu_makes():
     result = schedule.analyze(*tpu_cases.gather(), "v6e", smem={("gather", 0): np.arange(6, dtype=np.int32)})
     files = dump.KernelFiles(*((DATA / f"{n}.txt").read_text() for n in ("bundles", "utilization", "allocations")))
-    table = {0: hlo.pack_words(np.arange(6, dtype=np.int32), "{0:T(128)}")}
+    table = {0: arrays.pack_words(np.arange(6, dtype=np.int32), "{0:T(128)}")}
     assert result.kernels[0].count == kernel.count(files, CORE, table)
 
 
 @needs_libtpu
 def test_a_refusal_is_the_compilers_own_sentence():
-    with pytest.raises(dump.Refused, match=r"v6e: .*vmem"):
+    with pytest.raises(dump.Refused, match=r"v6e: compile raised JaxRuntimeError: .*vmem"):
         schedule.analyze(*tpu_cases.too_large(), "v6e")
 
 

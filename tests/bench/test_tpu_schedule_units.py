@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from bench.tpu import hlo, program, units
+from bench.tpu import arrays, hlo, program, units
 from bench.tpu.core import core_of
 from tests.bench.test_tpu_schedule_scalar import listing
 
@@ -127,18 +127,103 @@ b"}
 """
 
 
-def test_calls_are_multiplied_out_over_loops():
+def loops(module: hlo.Module) -> list[hlo.Instruction]:
+    return [i for i in module.computations[module.entry] if i.opcode == "while"]
+
+
+def test_trips_are_read_from_the_condition_or_xlas_own_count():
     module = hlo.parse(HLO)
-    times = [(call.instruction.name, call.times) for call in module.calls() if call.instruction.opcode == "fusion"]
-    assert times == [("fusion.2", 12), ("fusion.2", 5)]
+    assert [module.trips_or_one(loop) for loop in loops(module)] == [12, 5]
     assert not module.notes
 
 
 def test_a_loop_of_unknown_length_is_told():
     module = hlo.parse(HLO.replace("direction=LT", "direction=NE"))
-    times = [call.times for call in module.calls() if call.instruction.opcode == "fusion"]
-    assert times == [1, 5]
-    assert module.notes == ["loop while.1: number of trips unknown, counted once"]
+    assert [module.trips_or_one(loop) for loop in loops(module)] == [1, 5]
+    (note,) = module.notes
+    assert note.startswith(
+        "loop while.1 (other): number of trips unknown, counted once. Pass trips={'while.1': number}"
+    )
+
+
+FRAMES = """FileNames
+1 "/here/grug_model/base/model.py"
+2 "/here/grug_kernels/attention/xla.py"
+3 "/here/bench/tpu/record.py"
+4 "/lib/site-packages/optax/transforms/_clipping.py"
+5 "/here/grug_kernels/dispatch.py"
+
+FunctionNames
+1 "MLP.__call__"
+2 "attention"
+
+FileLocations
+1 {file_name_id=3 function_name_id=2 line=1}
+2 {file_name_id=2 function_name_id=2 line=2}
+3 {file_name_id=1 function_name_id=1 line=3}
+4 {file_name_id=4 function_name_id=2 line=4}
+5 {file_name_id=5 function_name_id=2 line=5}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=2}
+3 {file_location_id=3 parent_frame_id=2}
+4 {file_location_id=4 parent_frame_id=4}
+5 {file_location_id=5 parent_frame_id=4}
+
+"""
+
+
+def test_trips_are_given_by_part_of_a_name_a_path_or_a_scope():
+    unknown = HLO.replace("direction=LT", "direction=NE").replace(
+        "body=%body.1\n", 'body=%body.1, metadata={op_name="jit(f)/while/inner/while" stack_frame_id=2}\n'
+    )
+    for key in ("while.1", "inner/while", "attention"):
+        module = hlo.parse(FRAMES + unknown, {key: 2.5, "nothing": 3})
+        assert module.trips_or_one(loops(module)[0]) == 2.5
+        assert module.used_trips == {key}
+
+
+@pytest.mark.parametrize(
+    ("frame", "scope"),
+    [
+        (1, "other"),  # nothing but what compiles
+        (2, "attention"),
+        (3, "model.MLP"),
+        (4, "optimizer"),
+        (5, "model.MLP"),  # what passes a call on is not what it is for
+        (9, "other"),
+    ],
+)
+def test_a_scope_is_where_in_the_source_an_operation_comes_from(frame, scope):
+    module = hlo.parse(FRAMES + HLO)
+    assert module.scope(hlo.Instruction("x", "add", "f32[]", (), f"%a), metadata={{stack_frame_id={frame}}}")) == scope
+
+
+def test_constants_are_followed_into_loops_that_hand_them_on():
+    """Splash attention's plan of blocks, read in a scan over layers. What the body changes is not known."""
+    program = """HloModule m, is_scheduled=true
+
+%body (p: (s32[2], s32[2])) -> (s32[2], s32[2]) {
+  %p = (s32[2]{0}, s32[2]{0}) parameter(0)
+  %kept = s32[2]{0} get-tuple-element(%p), index=0
+  %changed = s32[2]{0} get-tuple-element(%p), index=1
+  %copy = s32[2]{0} copy(%kept)
+  %sum = s32[2]{0} add(%kept, %changed)
+  ROOT %next = (s32[2]{0}, s32[2]{0}) tuple(%kept, %sum)
+}
+
+ENTRY %main () -> s32[2] {
+  %plan = s32[2]{0} constant({7, 8})
+  %start = (s32[2]{0}, s32[2]{0}) tuple(%plan, %plan)
+  %loop = (s32[2]{0}, s32[2]{0}) while(%start), condition=%condition, body=%body
+  %after = s32[2]{0} get-tuple-element(%loop), index=0
+  ROOT %sum_after = s32[2]{0} get-tuple-element(%loop), index=1
+}
+"""
+    known = hlo.parse(program).constants()
+    assert known["copy"][0].tolist() == known["after"][0].tolist() == [7, 8]
+    assert not {"changed", "sum_after"} & set(known)
 
 
 def test_constants_are_followed_through_copies():
@@ -148,7 +233,7 @@ def test_constants_are_followed_through_copies():
 
 
 def test_operands_and_kind_of_a_kernel_are_read():
-    kernel = hlo.parse(HLO).calls()[-1].instruction
+    kernel = hlo.parse(HLO).computations["main.1"][-1]
     assert kernel.operands == ("copy-done.1", "x.1")
     assert kernel.is_pallas
 
@@ -174,10 +259,27 @@ def test_text_that_is_no_module_is_an_error():
     ],
 )  # fmt: skip
 def test_an_array_lies_in_memory_as_its_layout_says(values, layout, words):
-    packed = hlo.pack_words(values, layout)
+    packed = arrays.pack_words(values, layout)
     assert {index: int(packed[index]) for index in words} == words
 
 
 @pytest.mark.parametrize(("shape", "size"), [("f32[8,4]{1,0}", 128), ("(bf16[3]{0}, u32[])", 6), ("pred[5]", 5)])
 def test_bytes_of_a_printed_shape(shape, size):
-    assert hlo.bytes_of(shape) == size
+    assert arrays.bytes_of(shape) == size
+
+
+def test_bytes_of_a_printed_tuple_leave_semaphores_out():
+    assert arrays.all_bytes_of("(bf16[3]{0}, f32[]{:T(128)}, u32[]{:S(2)})") == 6 + 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ("f32[1000,300]{0,1:T(8,128)}", 304 * 1024 * 4),  # the rows lie along the lanes
+        ("f32[]{:T(128)}", 128 * 4),
+        ("bf16[3,5,130]{2,1,0:T(8,128)(2,1)}", 3 * 8 * 256 * 2),
+        ("s32[7]{0}", 28),
+    ],
+)
+def test_bytes_of_whole_tiles(shape, size):
+    assert arrays.padded_bytes_of(shape) == size

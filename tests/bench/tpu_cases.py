@@ -1,11 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small functions to be compiled for a TPU: `gather()` and `matmul()` return (function, args)."""
+"""Small functions to be compiled for a TPU: `gather()` and `matmul()` return (function, args); and what compiling would
+yield, made by hand."""
+
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 from jax import ShapeDtypeStruct as Shape
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from bench.tpu.dump import Lowered
+from bench.tpu.hbm import Hbm
+from bench.tpu.record import Record
+from bench.tpu.topology import Topology
+from grug_kernels import chips
+
+LOWERED = Lowered(b"", 0, 0, "v6e:2x2", (0, 1, 2, 3), (), (), False)
+
+
+def topology(name: str, *extents: int) -> Topology:
+    """As libtpu describes it, without libtpu: chips numbered along the first axis first."""
+    chip = next(chip for chip in chips.TPUS if chip.name == name)
+    coords = [[x, y, z] for z in range(extents[2]) for y in range(extents[1]) for x in range(extents[0])]
+    return Topology(name, chip, tuple(SimpleNamespace(id=i, coords=c) for i, c in enumerate(coords)))
+
+
+def record(name: str) -> Record:
+    """Of a program on a square of chips that was compiled."""
+    return Record(topology(name, 2, 2, 1), seconds={"compile": 1.5}, hbm=Hbm({"other": 2**20}, 0, 0, 0, 0, 0, 0))
+
 
 GATHER_BLOCKS, GATHER_BLOCK = 6, (32, 128)
 
