@@ -50,11 +50,11 @@ def bench_attention(benchmark, shape, implementation, passes):
 def row(chip: str, shape: str, passes: peers.Passes, implementation: str):
     """Causal: half of the scores. The backward pass makes them again, and two matmuls for each of forward's."""
     sizes = named(TPU_ATTENTION, shape)
+    facts = {"op": "attention", "passes": passes, "implementation": implementation, "shape": shape}
+    facts |= {"block_sizes": str(peers.block_sizes_of(implementation, sizes, passes, chip))}
     function, args = peers.attention_case(implementation, sizes, passes, chip)
     flops = sizes.forward_flops / 2 * (1 if passes == "forward" else 2.5)
-    blocks = peers.block_sizes_of(implementation, sizes, passes, chip)
-    facts = {"op": "attention", "passes": passes, "implementation": implementation, "shape": shape}
-    return predicted_row(function, args, chip, flops=flops, block_sizes=str(blocks), **facts)
+    return predicted_row(function, args, chip, facts, flops=flops)
 
 
 @pytest.mark.benchmark(timer=told)

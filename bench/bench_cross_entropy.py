@@ -61,7 +61,7 @@ def row(chip: str, shape: str, implementation: str):
         function, args = peers.loss_case(implementation, sizes, "forward_backward", chip)
         blocks = peers.block_sizes_of(implementation, sizes, "forward_backward", chip)
     facts = {"op": "cross_entropy", "passes": "with_gradients", "implementation": implementation, "shape": shape}
-    return predicted_row(function, args, chip, flops=3 * sizes.unit_flops, block_sizes=blocks, **facts)
+    return predicted_row(function, args, chip, facts | {"block_sizes": blocks}, flops=3 * sizes.unit_flops)
 
 
 @pytest.mark.benchmark(timer=told)

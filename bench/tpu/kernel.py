@@ -68,6 +68,19 @@ class Count:
         """Without the waits for DMAs."""
         return self.cycles - self.dma_wait_cycles
 
+    def strip(self) -> dict[str, tuple[float, ...]]:
+        """Use of each of STRIP_UNITS over the kernel's cycles, in STRIP_BINS averages: the regions one after the other,
+        each as wide as the cycles of all its runs."""
+        widths = [[region.cycles / len(region.strip["MXU"])] * len(region.strip["MXU"]) for region in self.regions]
+        ends = np.concatenate([[0.0], np.cumsum(np.concatenate(widths))])
+        edges = np.linspace(0.0, ends[-1], STRIP_BINS + 1)
+        found = {}
+        for unit in STRIP_UNITS:
+            working = [np.array(r.strip[unit]) * (1 - r.wait_cycles / r.cycles) for r in self.regions]
+            used = np.concatenate([[0.0], np.cumsum(np.concatenate(working) * np.diff(ends))])
+            found[unit] = tuple(float(x) for x in np.diff(np.interp(edges, ends, used)) / np.diff(edges))
+        return found
+
 
 def count(files: KernelFiles, core: Core, tables: Mapping[int, np.ndarray] | None = None) -> Count:
     """Executes the kernel in `files`. tables: see `scalar.Machine`; `hlo.pack_words` makes them."""

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matrix-unit stalls, slot use and the optimised HLO, on texts written by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from bench.tpu import arrays, hlo, program, units
+from bench.tpu import arrays, hlo, kernel, program, units
 from bench.tpu.core import core_of
 from tests.bench.test_tpu_schedule_scalar import listing
 
@@ -283,3 +285,16 @@ def test_bytes_of_a_printed_tuple_leave_semaphores_out():
 )
 def test_bytes_of_whole_tiles(shape, size):
     assert arrays.padded_bytes_of(shape) == size
+
+
+def test_a_kernels_strip_is_its_regions_by_their_cycles():
+    def region(cycles, wait_cycles, *shares):
+        strip = dict.fromkeys(kernel.STRIP_UNITS, shares)
+        return kernel.Region(0, len(shares), 1, 1, cycles, wait_cycles, 0.0, {}, 0, strip)
+
+    regions = (region(300, 0, 1.0, 0.5, 0.0), region(100, 50, 1.0))
+    numbers = dict.fromkeys((field.name for field in dataclasses.fields(kernel.Count)), 0)
+    strip = kernel.Count(**(numbers | {"regions": regions})).strip()["MXU"]
+    assert len(strip) == kernel.STRIP_BINS
+    quarters = np.array(strip).reshape(4, -1)
+    np.testing.assert_allclose(quarters, np.broadcast_to([[1.0], [0.5], [0.0], [0.5]], quarters.shape))
