@@ -23,7 +23,7 @@ def predicted_row(
     smem: ScalarOperands | None = None,
     trips: Trips | None = None,
 ) -> dict[str, Any]:
-    """For `bench.ahead.tell`. flops: what has to be computed, for the share of the roofline. facts: the rest of the row.
+    """For `bench.ahead.tell`. facts: more of the row. flops: what has to be computed, for the share of the roofline.
 
     Where the compiler refuses, the row has its sentence as "unsupported", and no seconds.
     """
