@@ -43,7 +43,7 @@ class _Compiled(NamedTuple):
 
 # libtpu 0.0.48.1, 2026-11-21
 _CHIPS = {
-    "v4": _Compiled("2x2x1", "4x4x4", 30.75),
+    "v4": _Compiled("2x2x1", "4x4x4", 15.25),  # of a core: libtpu makes each a device here
     "v5e": _Compiled("2x2", "4x4", 15.75),
     "v5p": _Compiled("2x2x1", "4x4x4", 95.73),
     "v6e": _Compiled("2x2", "16x16", 31.24),
@@ -56,7 +56,7 @@ _NAME = re.compile(r"(?P<chip>[a-z0-9]+)(:(?P<shape>\d+(x\d+){1,2}))?")
 
 @dataclass(frozen=True)
 class Topology:
-    """Devices that can be compiled for and not run on. On TPU7x a chip has two.
+    """Devices that can be compiled for and not run on. On TPU7x and v4 a chip has two.
 
     name: as libtpu takes it, such as "v5p:2x2x1".
     """

@@ -274,9 +274,7 @@ SMALL |= {"head_dim": 128, "vocab_size": 256}
 
 
 def test_levanters_step_is_predicted_beside_ours():
-    config = step.template(
-        "base", model=SMALL | {"max_seq_len": 128}, trainer={"batch_size": 4, "seq_len": 128}
-    )
+    config = step.template("base", model=SMALL | {"max_seq_len": 128}, trainer={"batch_size": 4, "seq_len": 128})
     record, prediction = step.predicted_step("base", config, tpu_topology("v5p"), levanter=True)
     assert record.refusal is None
     assert not record.choices  # none of our kernels has been asked

@@ -210,14 +210,17 @@ def test_constants_are_followed_into_loops_that_hand_them_on():
   %p = (s32[2]{0}, s32[2]{0}) parameter(0)
   %kept = s32[2]{0} get-tuple-element(%p), index=0
   %changed = s32[2]{0} get-tuple-element(%p), index=1
+  %left = s32[2]{0} get-tuple-element(%p), index=2
+  %right = s32[2]{0} get-tuple-element(%p), index=3
   %copy = s32[2]{0} copy(%kept)
   %sum = s32[2]{0} add(%kept, %changed)
-  ROOT %next = (s32[2]{0}, s32[2]{0}) tuple(%kept, %sum)
+  ROOT %next = (s32[2]{0}, s32[2]{0}) tuple(%kept, %sum, %right, %left)
 }
 
 ENTRY %main () -> s32[2] {
   %plan = s32[2]{0} constant({7, 8})
-  %start = (s32[2]{0}, s32[2]{0}) tuple(%plan, %plan)
+  %other = s32[2]{0} constant({1, 2})
+  %start = (s32[2]{0}, s32[2]{0}) tuple(%plan, %plan, %plan, %other)
   %loop = (s32[2]{0}, s32[2]{0}) while(%start), condition=%condition, body=%body
   %after = s32[2]{0} get-tuple-element(%loop), index=0
   ROOT %sum_after = s32[2]{0} get-tuple-element(%loop), index=1
@@ -225,7 +228,7 @@ ENTRY %main () -> s32[2] {
 """
     known = hlo.parse(program).constants()
     assert known["copy"][0].tolist() == known["after"][0].tolist() == [7, 8]
-    assert not {"changed", "sum_after"} & set(known)
+    assert not {"changed", "sum_after", "left", "right"} & set(known)
 
 
 def test_constants_are_followed_through_copies():
