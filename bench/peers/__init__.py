@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other people's kernels at their best block sizes, as plain functions for one device. See `attention`, `cross_entropy`.
+"""Other people's kernels at their best block sizes, as plain functions for one device: `attention`, `cross_entropy`.
 
 `uv sync --extra peers` installs those that the package itself does not need.
 """

@@ -6,7 +6,7 @@
 | jax_splash | [batch, heads, seq, head_dim] | `jax.experimental.pallas.ops.tpu.splash_attention`, fused backward |
 | tokamax_splash | [batch, heads, seq, head_dim] | Tokamax's own splash kernel, under `vmap` |
 | tokamax_op | [batch, seq, heads, head_dim] | the implementation behind `tokamax.dot_product_attention` |
-| levanter_grug | [batch, seq, heads, head_dim] | as `levanter.grug.attention` calls JAX's splash: blocks ≤ 512, split backward |
+| levanter_grug | [batch, seq, heads, head_dim] | JAX's splash as `levanter.grug` has it: blocks ≤ 512, split |
 
 Each peer is called in the layout of its own API, and the transposes that it does are counted. `levanter_grug` is built
 from Levanter's own helpers (masks, block sizes); only its `shard_map` over one device is left out.
@@ -97,6 +97,8 @@ def attention_case(
     """
     if peer not in PEERS:
         raise ValueError(f"no peer is called {peer!r}; there are {', '.join(PEERS)}.")
+    if peer == "levanter_grug" and blocks is not None:
+        raise ValueError(f"levanter_grug: blocks={blocks}, but Levanter chooses its own; take jax_splash to give some.")
     blocks = blocks or _best(passes, shape, chip)
     make = {
         "jax_splash": _jax_splash,
@@ -179,7 +181,7 @@ def _levanter_block_sizes(shape: AttentionShape) -> jax_splash.BlockSizes:
 
 
 def _levanter_grug(shape: AttentionShape, passes: Passes, sliding_window: int | None, blocks: Blocks):
-    """Takes its own block sizes, whatever `blocks` says."""
+    """Takes its own block sizes; `blocks` is what the others would."""
     from levanter.kernels.pallas import splash_attention as levanter_splash
 
     spec = levanter_splash.SplashAttentionMaskSpec(is_causal=True, sliding_window=sliding_window)
@@ -205,8 +207,9 @@ _TOKAMAX_SPLASH = "tokamax._src.ops.experimental.tpu.splash_attention"
 
 def _tokamax_splash(shape: AttentionShape, passes: Passes, sliding_window: int | None, blocks: Blocks):
     """From the kernel's factory, with explicit blocks: the public op looks into a cache of timings while tracing."""
-    kernels, masks = require(f"{_TOKAMAX_SPLASH}.splash_attention_kernel"), require(
-        f"{_TOKAMAX_SPLASH}.splash_attention_mask"
+    kernels, masks = (
+        require(f"{_TOKAMAX_SPLASH}.splash_attention_kernel"),
+        require(f"{_TOKAMAX_SPLASH}.splash_attention_mask"),
     )
     square = (shape.seq_len, shape.seq_len)
     mask = masks.CausalMask(square)

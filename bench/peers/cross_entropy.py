@@ -4,16 +4,16 @@
 | peer | matmuls, forward + backward | what is called |
 |---|---|---|
 | naive | 1 + 2 | all logits in plain `jax.numpy`, differentiated by jax |
-| tokamax_xla | 1 + 3 | Tokamax's reference: all logits, made a second time in the backward pass |
-| tokamax_pallas | 1 + 3 | its Mosaic TPU kernels |
+| tokamax_xla | 1 + 3 | its reference: all logits, made again in the backward pass; float32 gradients |
+| tokamax_pallas | 1 + 3 | its Mosaic TPU kernels; float32 gradients |
 | tokamax_chunked | 1 + 3 | its loops over blocks in XLA |
 | levanter_xla | 1 + 3 | Levanter's default on TPU: loops over blocks of the vocabulary in XLA |
 | levanter_pallas | 1 + 3 | its Pallas forward pass, with an XLA backward pass |
 | levanter_weighted_sum | 1 + 2 | `linear_softmax_cross_entropy_weighted_sum`: gradients are made in the forward pass |
 
 Arguments: hidden [tokens, hidden_dim], lm_head [hidden_dim, vocab_size], labels [tokens] int32.
-Passes: "forward" makes the loss; "forward_backward" the loss and its gradients by hidden and lm_head; "backward", of the
-peers that have one to call (Tokamax's), takes lse [tokens] float32 as a further argument and makes the gradients.
+Passes: "forward" makes the loss; "forward_backward" the loss and its gradients by hidden and lm_head; "backward", of
+the peers that have one to call (Tokamax's), takes lse [tokens] float32 as a further argument and makes the gradients.
 
 Sources of the block sizes: `TOKAMAX_BLOCKS`, and Levanter's own table.
 """
@@ -64,9 +64,7 @@ WEIGHTED_SUM_TOKENS = 1024  # per block; no default in Levanter: logits of 1024 
 _TOKAMAX = "tokamax._src.ops.linear_softmax_cross_entropy_loss"
 
 
-def loss_case(
-    peer: str, shape: LossShape, passes: Passes, chip: str, *, blocks: tuple[int, ...] | None = None
-) -> Case:
+def loss_case(peer: str, shape: LossShape, passes: Passes, chip: str, *, blocks: tuple[int, ...] | None = None) -> Case:
     """The peer's loss, to be traced for `chip`; see the module. blocks: None for the peer's best.
 
     Raises ValueError for a peer that is not in `PEERS` or a backward pass that it does not have alone,
@@ -130,9 +128,7 @@ def _tokamax(peer: str, shape: LossShape, chip: str, blocks: tuple[int, ...] | N
         forward, backward = partial(forward, **sizes), partial(backward, **sizes)
     if peer == "tokamax_pallas":
         names = ("b_block_size", "h_block_size", "v_block_size")
-        forward = partial(
-            forward, **dict(zip(names, blocks or _tokamax_blocks("forward", shape, chip), strict=True))
-        )
+        forward = partial(forward, **dict(zip(names, blocks or _tokamax_blocks("forward", shape, chip), strict=True)))
         backward = partial(
             backward, **dict(zip(names, blocks or _tokamax_blocks("backward", shape, chip), strict=True))
         )

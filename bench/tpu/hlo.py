@@ -143,11 +143,21 @@ def layout_of(shape: str) -> str:
     return (match[3] if match else None) or "{}"
 
 
-def bytes_of(shape: str) -> int:
-    """Of the first array in a printed shape, without the padding of its tiles."""
-    match = _ARRAY.search(shape)
-    if not match:
+def moved_bytes(copy: Instruction) -> int:
+    """What a copy, or the start of an asynchronous one, reads from HBM and writes to it, without the padding of tiles.
+
+    Printed as the destination, or as (destination, source, …) of a copy-start, or as ((operands), result, …) of all
+    others; a slice moves no more than its result. VMEM is memory space 1.
+    """
+    arrays = [match for match in _ARRAY.finditer(copy.shape) if match[2]]
+    if not arrays:
         return 0
+    destination = arrays[0] if copy.opcode in ("copy", "copy-start") else arrays[-1]
+    ends = arrays[:2] if len(arrays) > 1 else arrays * 2
+    return _bytes(destination) * sum("S(1)" not in (end[3] or "") for end in ends)
+
+
+def _bytes(match: re.Match[str]) -> int:
     bits = int((re.findall(r"\d+", match[1]) or ["8"])[0])
     return int(np.prod([int(extent) for extent in match[2].split(",") if extent], dtype=np.int64)) * bits // 8
 

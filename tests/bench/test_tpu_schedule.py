@@ -72,10 +72,10 @@ def test_blocks_are_fetched_as_often_as_the_table_changes(gather_files, order):
 
 
 def test_cycles_add_up(gather_files):
-    """4415: what the prototype of this reader, validated on published timings, counted on the same dump."""
+    """4419: the prototype of this reader counted 4415 on the same dump, with 90 % of the HBM bandwidth and not 87."""
     count = kernel.count(gather_files, CORE)
     waits = count.interlock_cycles + count.matrix_stall_cycles + count.dma_wait_cycles
-    assert count.cycles == count.bundles + waits == 4415
+    assert count.cycles == count.bundles + waits == 4419
     assert sum(region.cycles for region in count.regions) == count.cycles
     assert sum(region.wait_cycles for region in count.regions) == waits
     assert count.missing_operands == (0,)
@@ -95,8 +95,8 @@ def test_a_schedule_names_what_it_does_not_know(dumped, caplog):
     result = schedule.read(CORE, dumped, {})
     (gather,) = result.kernels
     assert gather.is_pallas
-    assert (gather.calls, gather.count.cycles, result.copied_bytes) == (1, 4415, 64 * 4)
-    assert result.predicted_ms == pytest.approx(4415 / CORE.clock_hz * 1e3)
+    assert (gather.calls, gather.count.cycles, result.copied_bytes) == (1, 4419, 64 * 4)
+    assert result.predicted_ms == pytest.approx(4419 / CORE.clock_hz * 1e3)
     assert "gather.1: operand 0 (%table.1) is read as scalars and known at run time only" in caplog.text
     assert "Pass smem={('gather', 0): array}" in result.table()
     assert json.loads(json.dumps(result.to_json()))["kernels"][0]["count"]["dmas"] == 8
