@@ -52,6 +52,7 @@ class Machine:
         self.tables = tables
         self.missing: set[int] = set()
         self.failed_checks: Counter[int] = Counter()
+        self.unmatched_pops = 0  # of remainders that no division had left
         self.dmas = self.dma_wait_cycles = self.hbm_bytes = 0
         self._bytes_per_cycle = core.hbm_bytes_per_second * HBM_EFFICIENCY / core.clock_hz
         self._latency_cycles = HBM_LATENCY_SECONDS * core.clock_hz
@@ -65,6 +66,13 @@ class Machine:
             self.missing.add(index)
             return 0
         return int(self.tables[index][0])
+
+    def pop_remainder(self) -> int:
+        """Of the oldest division; 0 where there was none that this reader understood."""
+        if self.remainders:
+            return self.remainders.popleft()
+        self.unmatched_pops += 1
+        return 0
 
     def start_dma(self, direction: str, source: int, granules: int, destination: int, semaphore: int) -> None:
         """All transfers from and to HBM share its bandwidth, in order of issue; arrivals are counted on `semaphore`."""
@@ -196,6 +204,8 @@ class Executable:
     def _warnings(self, machine: Machine, executed: int, complete: bool):
         for opcode, count in self.unknown.items():
             yield f"{count} {opcode} not understood, taken as 0"
+        if machine.unmatched_pops:
+            yield f"{machine.unmatched_pops} remainders popped without a division before them, taken as 0"
         if machine.failed_checks:
             address, count = machine.failed_checks.most_common(1)[0]
             yield (
