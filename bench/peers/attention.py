@@ -54,7 +54,7 @@ class Blocks:
     query: int
     key: int
     compute: int
-    layouts: tuple[int, int, int] = (HEAD_DIM_MINOR,) * 3
+    layouts: tuple[int, int, int] = (HEAD_DIM_MINOR, HEAD_DIM_MINOR, HEAD_DIM_MINOR)
     scheduler: bool = False
     save_residuals: bool = False
     dq_steps: int | None = None
@@ -192,7 +192,8 @@ def _levanter_grug(shape: AttentionShape, passes: Passes, sliding_window: int | 
 
     def forward(q, k, v):
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-        return jax.vmap(_jax_kernel(shape, mask, sizes))(q * scale, k, v).swapaxes(1, 2)
+        out: Any = jax.vmap(_jax_kernel(shape, mask, sizes))(q * scale, k, v)
+        return out.swapaxes(1, 2)
 
     def backward(q, k, v, out, lse, dout):
         q, k, v, out, dout = (x.swapaxes(1, 2) for x in (q, k, v, out, dout))
@@ -250,7 +251,7 @@ def _tokamax_op(shape: AttentionShape, passes: Passes, sliding_window: int | Non
     """As the op does around its kernel: scale q, transpose, splash, transpose back. It has no sliding window."""
     if sliding_window is not None:
         raise ValueError(f"tokamax_op: sliding_window={sliding_window}, but the op has none; take tokamax_splash.")
-    splash = _tokamax_splash(shape, passes, None, blocks)
+    splash: Callable[..., Any] = _tokamax_splash(shape, passes, None, blocks)
     scale = shape.head_dim**-0.5
 
     def transposed(*arrays):

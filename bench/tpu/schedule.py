@@ -10,7 +10,7 @@ vector work is scheduled statically and needs no execution. One core is counted:
 
 Copies that XLA runs beside kernels move in the HBM time that those leave; what they need beyond is waited for.
 
-Not in the prediction: launching a kernel (0.5 µs each or less), the interconnect, power. Predictions are optimistic, by
+Not in the prediction: launching a kernel (1 µs each or less), the interconnect, power. Predictions are optimistic, by
 a factor that `python -m bench.tpu.validate` finds per chip.
 """
 
