@@ -37,8 +37,10 @@ logger = logging.getLogger(__name__)
 # Values of scalar operands that are data at run time: (part of the kernel's name, index of the operand) -> array.
 ScalarOperands = Mapping[tuple[str, int], np.ndarray]
 
-_NO_WORK = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "call-start"}
-# A call is one to a SparseCore (v5p, v6e, TPU7x), to which XLA gives conversions of layouts; its start has no operands.
+_NO_WORK = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id"}
+# A call is one to a SparseCore. XLA gives it conversions of layouts, which move every byte; of its other calls
+# (gathers, scatters) it is not known what they move. What is called stands at call-start, its operands at call-update.
+_FORMATTING = "OFFLOAD_DATA_FORMATTING"
 _STARTS = {"copy-start", "slice-start", "async-start", "call-update"}
 _DONES = {"copy-done", "slice-done", "async-done", "call-done"}
 
@@ -138,6 +140,7 @@ class _Reader:
 
     def schedule(self) -> Schedule:
         kernels, copied, waited, copies, without = [], 0, 0.0, _Copies(), Counter[str]()
+        unknown = set[str]()
         bandwidth = self._core.hbm_bytes_per_second * scalar.HBM_EFFICIENCY
         for call in self._module.calls():
             instruction = call.instruction
@@ -147,6 +150,12 @@ class _Reader:
                 done = self._kernel(call, files)
                 kernels.append(done)
                 copies.run_beside(done.predicted_ms / 1e3 - done.calls * done.count.hbm_bytes / bandwidth)
+            elif instruction.opcode == "call-start":
+                if _FORMATTING not in instruction.rest:
+                    unknown.add(instruction.name)
+                    without["call to a SparseCore"] += call.times
+            elif instruction.opcode == "call-update" and instruction.operands[0] in unknown:
+                continue
             elif instruction.opcode in _STARTS or instruction.opcode == "copy":
                 moved = call.times * hlo.moved_bytes(instruction)
                 copied += moved
