@@ -138,7 +138,7 @@ def test_a_copy_is_waited_for_where_kernels_leave_it_no_time(dumped, words, done
 
 def test_a_conversion_on_a_sparse_core_is_waited_for(dumped):
     """XLA gives changes of layout to SparseCores; nothing runs beside this one."""
-    call = """  %format.call-start = ((), (), s32[]{:S(2)}) call-start(), backend_config={"offload":"OFFLOAD_DATA_FORMATTING"}
+    call = """  %format.call-start = ((), (), s32[]{:S(2)}) call-start(), offload="OFFLOAD_DATA_FORMATTING"
   %format.call-update = ((f32[1000]{0}), f32[1000]{0}) call-update(%format.call-start, %x.1)
   %format.call-done = f32[1000]{0} call-done(%format.call-update)
 """
