@@ -67,8 +67,8 @@ class Blocks:
 
 
 # (passes, chip) -> what was fastest; causal, head_dim 128, long sequences. 2026-11-21, from the timings that Tokamax
-# 0.0.17 ships (tokamax/data/autotuning/{tpu_v5,tpu_v6_lite,tpu7x}); the last two rows by prediction on a v6e, where
-# nothing is shipped. JAX's kernel is given the same: it has no tuned table of its own.
+# 0.0.17 ships (tokamax/data/autotuning/{tpu_v5,tpu_v6_lite,tpu7x}), which have no backward pass on v5p and v6e: there
+# v6e's are the fastest predicted of a handful, v5p's such as compile. JAX's kernel has no table, and gets the same.
 BLOCKS: dict[tuple[Passes, str], Blocks] = {
     ("forward", "v5p"): Blocks(1024, 1024, 256, (1, 2, 1)),
     ("forward", "v6e"): Blocks(2048, 2048, 512, (2, 1, 1), scheduler=True),
