@@ -25,14 +25,23 @@ def layout_of(shape: str) -> str:
     return (match[3] if match else None) or "{}"
 
 
-def bytes_of(shape: str) -> int:
-    """Of the first array in a printed shape, without the padding of its tiles."""
-    return next((_bytes(match) for match in _ARRAY.finditer(shape)), 0)
-
-
 def all_bytes_of(shape: str) -> int:
     """Of all arrays in a printed type such as (bf16[8,64]{1,0:T(8,128)(2,1)}, f32[]), semaphores left out."""
     return sum(_bytes(match) for match in _ARRAY.finditer(shape) if "S(2)" not in (match[3] or ""))
+
+
+def moved_bytes(opcode: str, shape: str) -> int:
+    """What a copy, or the start of an asynchronous one, reads from HBM and writes to it, without the padding of tiles.
+
+    shape: printed as the destination, or as (destination, source, …) of a copy-start, or as ((operands), result, …) of
+    all others; a slice moves no more than its result. VMEM is memory space 1.
+    """
+    found = [array for array in _ARRAY.finditer(shape) if array[2]]
+    if not found:
+        return 0
+    destination = found[0] if opcode in ("copy", "copy-start") else found[-1]
+    ends = found[:2] if len(found) > 1 else found * 2
+    return _bytes(destination) * sum("S(1)" not in (end[3] or "") for end in ends)
 
 
 def padded_bytes_of(shape: str) -> int:

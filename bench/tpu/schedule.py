@@ -9,9 +9,10 @@ vector work is scheduled statically and needs no execution. One core is counted:
 (v4, v5p) the other is taken to be as busy. Collectives take their bytes over the published bandwidth of the links
 (`collectives.py`), less the kernels that the program runs meanwhile (`timeline.py`).
 
-Not in the prediction: launching a kernel (1 to 3 µs each), latency of the interconnect, contention in HBM, power,
-copies that XLA runs beside kernels (their bytes are reported). So predictions are optimistic, by a factor that is
-stable per chip.
+Copies that XLA runs beside kernels move in the HBM time that those leave; what they need beyond is waited for.
+
+Not in the prediction: launching a kernel (1 µs each or less), latency of the interconnect, power. Predictions are
+optimistic, by a factor that `python -m bench.tpu.validate` finds per chip.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from typing import Any
 
 import jax
 
-from bench.tpu import dump, hlo, picture
+from bench.tpu import dump, hlo, picture, scalar
 from bench.tpu.core import CORES, core_of
 from bench.tpu.hbm import Hbm
 from bench.tpu.record import Program, Record, compiling
@@ -44,7 +45,8 @@ _SHOWN = 30  # kernels in a table
 class Schedule:
     """A compiled function on one core of `chip`. All times are predictions, none is measured.
 
-    copied_bytes: moved by XLA's own copies, which overlap with kernels; copied_ms: at full bandwidth. Not in the sum.
+    copied_bytes: moved by XLA's own copies, beside kernels; copied_ms: at the bandwidth that they reach.
+    copy_wait_ms: what the copies outlast the kernels that they run beside.
     notes: what makes the prediction doubtful.
     """
 
@@ -54,6 +56,7 @@ class Schedule:
     transfers: tuple[Transfer, ...]
     copied_bytes: float
     copied_ms: float
+    copy_wait_ms: float
     hbm: Hbm
     compile_seconds: float
     notes: tuple[str, ...]
@@ -77,14 +80,14 @@ class Schedule:
 
     @property
     def predicted_ms(self) -> float:
-        """The kernels one after the other, and collectives where nothing runs beside them."""
-        return sum(k.predicted_ms for k in self.kernels) + self.exposed_ms
+        """The kernels one after the other, and collectives and copies where nothing runs beside them."""
+        return sum(k.predicted_ms for k in self.kernels) + self.exposed_ms + self.copy_wait_ms
 
     @property
     def no_latency_ms(self) -> float:
         """The same if a kernel never waited for a DMA longer than its bytes take: a bound from below, far below where
         loops run many small programs, each of which waits for what the one before it has written."""
-        return self.exposed_ms + sum(self._no_latency_ms(k) for k in self.kernels)
+        return self.exposed_ms + self.copy_wait_ms + sum(self._no_latency_ms(k) for k in self.kernels)
 
     def _no_latency_ms(self, k: Kernel) -> float:
         core = core_of(self.chip)
@@ -105,12 +108,12 @@ class Schedule:
 
     @property
     def parts(self) -> dict[str, float]:
-        """Where the predicted time goes, in ms; copies, which it does not contain, last."""
+        """Where the predicted time goes, in ms."""
         return {
             "Pallas": self.pallas_ms,
             "XLA": self.xla_ms,
             "exposed collectives": self.exposed_ms,
-            "copies beside": self.copied_ms,
+            "waiting for copies": self.copy_wait_ms,
         }
 
     @property
@@ -186,7 +189,8 @@ def read(record: Record, program: Program, smem: ScalarOperands | None = None) -
         kernels=counted.kernels,
         transfers=counted.transfers,
         copied_bytes=counted.copied_bytes,
-        copied_ms=counted.copied_bytes / core.chip.hbm_bytes_per_second * 1e3,
+        copied_ms=1e3 * counted.copied_bytes / (core.hbm_bytes_per_second * scalar.HBM_EFFICIENCY),
+        copy_wait_ms=counted.copy_wait_ms,
         hbm=record.hbm,
         compile_seconds=record.seconds["compile"],
         notes=counted.notes,
@@ -203,7 +207,8 @@ def _lines(schedule: Schedule) -> Iterator[str]:
     yield f"HBM: {set_aside} set aside, {peak} in use at the most, {code} code"
     yield (
         f"Pallas {schedule.pallas_ms:.4f} ms, XLA {schedule.xla_ms:.4f} ms, exposed collectives"
-        f" {schedule.exposed_ms:.4f} ms of {schedule.collective_ms:.4f}"
+        f" {schedule.exposed_ms:.4f} ms of {schedule.collective_ms:.4f}, waiting for copies"
+        f" {schedule.copy_wait_ms:.4f} ms of {schedule.copied_ms:.4f}"
     )
     yield (
         f"between {schedule.no_latency_ms:.4f} ms if DMAs had no latency and {schedule.nothing_overlaps_ms:.4f} ms if"
@@ -233,8 +238,7 @@ def _lines(schedule: Schedule) -> Iterator[str]:
     if len(schedule.scopes) > 1:
         yield "by scope: " + ", ".join(f"{scope} {ms:.4f} ms" for scope, ms in schedule.scopes.items())
     if schedule.copied_bytes:
-        size, ms = schedule.copied_bytes / 1e6, schedule.copied_ms
-        yield f"copies beside kernels: {size:.2f} MB, {ms:.4f} ms at full bandwidth, not in the sum"
+        yield f"copies of XLA beside kernels: {schedule.copied_bytes / 1e6:.2f} MB"
     yield from (f"note: {note}" for note in schedule.notes)
 
 

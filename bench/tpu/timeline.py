@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.tpu import arrays, collectives, dump, hlo, kernel
+from bench.tpu import arrays, collectives, dump, hlo, kernel, scalar
 from bench.tpu.collectives import Collective
 from bench.tpu.core import Core
 from bench.tpu.topology import Topology
@@ -17,7 +17,11 @@ from bench.tpu.topology import Topology
 ScalarOperands = Mapping[tuple[str, int], np.ndarray]
 
 _NO_WORK = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id"}
-_COPIES = {"copy-start", "copy", "slice-start", "async-start"}
+# A call is one to a SparseCore. XLA gives it conversions of layouts, which move every byte; of its other calls
+# (gathers, scatters) it is not known what they move. What is called stands at call-start, its operands at call-update.
+_FORMATTING = "OFFLOAD_DATA_FORMATTING"
+_STARTS = {"copy-start", "slice-start", "async-start", "call-update"}
+_DONES = {"copy-done", "slice-done", "async-done", "call-done"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,29 @@ class Counted:
     kernels: tuple[Kernel, ...]
     transfers: tuple[Transfer, ...]
     copied_bytes: float
+    copy_wait_ms: float
     notes: tuple[str, ...]
+
+
+class _Copies:
+    """Asynchronous copies: they take the time of the HBM that kernels leave over, the oldest first."""
+
+    def __init__(self):
+        self._pending: dict[str, float] = {}  # name of the start -> milliseconds that it still needs
+
+    def start(self, name: str, ms: float) -> None:
+        self._pending[name] = ms
+
+    def run_beside(self, idle_ms: float) -> None:
+        """Kernels run, and leave the HBM alone for that long; below zero where they need more than there is."""
+        for name, ms in self._pending.items():
+            moved = min(max(0.0, idle_ms), ms)
+            self._pending[name] -= moved
+            idle_ms -= moved
+
+    def wait(self, name: str) -> float:
+        """Milliseconds until the copy is done; 0.0 for one that is not under way, started in a loop's turn before."""
+        return self._pending.pop(name, 0.0)
 
 
 class Reader:
@@ -80,7 +106,8 @@ class Reader:
         self._counts: dict[str, kernel.Count] = {}
         self._kernels: list[Kernel] = []
         self._transfers: list[Transfer] = []
-        self._copied = 0.0
+        self._unknown: set[str] = set()  # what is called on a SparseCore and moves nobody knows what
+        self._copied = self._waited = 0.0
         self._without: Counter[str] = Counter()
 
     def counted(self) -> Counted:
@@ -94,26 +121,27 @@ class Reader:
         if self._without:
             counts = ", ".join(f"{n:g} {opcode}" for opcode, n in self._without.items())
             self._notes.append(f"without a schedule, counted as nothing: {counts}")
-        return Counted(tuple(self._kernels), tuple(self._transfers), self._copied, tuple(self._notes))
+        return Counted(tuple(self._kernels), tuple(self._transfers), self._copied, self._waited, tuple(self._notes))
 
-    def _run(self, computation: str, times: float, around: str) -> float:
-        """Milliseconds of one run; what it does is kept, `times` over. around: scope of what says nothing of its own.
+    def _run(self, computation: str, times: float, around: str) -> tuple[float, float]:
+        """Milliseconds of one run, and of these how many its kernels leave the HBM alone; what it does is kept, `times`
+        over. around: scope of what says nothing of its own.
 
         Kernels run one after the other. Collectives queue for the links; one that starts and is done in different
-        places has the kernels between for its time, and only what is left of it is waited for.
+        places has the kernels between for its time, and only what is left of it is waited for. So have copies.
         """
-        clock = links_free = 0.0
+        clock = idle = links_free = 0.0
+        copies = _Copies()
         started: dict[str, tuple[float, hlo.Instruction, list[Collective]]] = {}
         for instruction in self._module.computations[computation]:
             scope = self._scope(instruction, around)
             sent = collectives.within(self._module, computation, instruction)
-            if instruction.opcode == "while":
-                trips = self._module.trips_or_one(instruction)
-                clock += trips * self._run(instruction.called("body")[0], times * trips, scope)
-            elif instruction.opcode == "call":
-                clock += self._run(instruction.called("to_apply")[0], times, scope)
-            elif instruction.opcode == "conditional":
-                clock += self._longest_branch(instruction, times, scope)
+            if inside := self._inside(instruction, times, scope):
+                clock, idle = clock + inside[0], idle + inside[1]
+                copies.run_beside(inside[1])
+            elif instruction.opcode in _DONES and not sent and instruction.operands[0] not in started:
+                waited = copies.wait(instruction.operands[0])
+                clock, self._waited = clock + waited, self._waited + times * waited
             elif sent:
                 links_free = max(clock, links_free) + self._ms(sent)
                 if instruction.opcode.endswith("-start"):
@@ -126,27 +154,51 @@ class Reader:
                 self._transfer(start, sent, times, self._scope(start, around), max(0.0, finished - clock))
                 clock = max(clock, finished)
             else:
-                clock += self._kernel_or_copy(instruction, times, scope)
+                clock += self._copy(instruction, times, copies)
         for finished, start, sent in started.values():  # done in the next round of the loop
             self._transfer(start, sent, times, self._scope(start, around), max(0.0, finished - clock))
             clock = max(clock, finished)
-        return clock
+        return clock, idle
+
+    def _inside(self, instruction: hlo.Instruction, times: float, scope: str) -> tuple[float, float] | None:
+        """What `_run` says of what the instruction runs, computations or a kernel. None where it runs neither."""
+        if instruction.opcode == "while":
+            trips = self._module.trips_or_one(instruction)
+            clock, idle = self._run(instruction.called("body")[0], times * trips, scope)
+            return trips * clock, trips * idle
+        if instruction.opcode == "call":
+            return self._run(instruction.called("to_apply")[0], times, scope)
+        if instruction.opcode == "conditional":
+            return self._longest_branch(instruction, times, scope)
+        if instruction.opcode in _NO_WORK or instruction.opcode.endswith("-done"):
+            return None
+        if not (dumped := self._compiled.kernel(instruction.name)):
+            return None
+        done = self._kernel(instruction, times, scope, *dumped)
+        self._kernels.append(done)
+        clock = done.predicted_ms / times if times else 0.0
+        return clock, clock - 1e3 * done.count.hbm_bytes / self._bandwidth
+
+    @property
+    def _bandwidth(self) -> float:
+        """Bytes per second that DMAs reach."""
+        return self._core.hbm_bytes_per_second * scalar.HBM_EFFICIENCY
 
     def _scope(self, instruction: hlo.Instruction, around: str) -> str:
         own = self._module.scope(instruction)
         return around if own == "other" else own
 
-    def _longest_branch(self, conditional: hlo.Instruction, times: float, scope: str) -> float:
+    def _longest_branch(self, conditional: hlo.Instruction, times: float, scope: str) -> tuple[float, float]:
         """Which branch is taken is not known: the one that takes longest."""
-        kept = self._kernels, self._transfers, self._copied, self._without
+        kept = self._kernels, self._transfers, self._copied, self._waited, self._without
         outcomes = []
         for branch in conditional.branches():
-            self._kernels, self._transfers, self._copied, self._without = [], [], 0.0, Counter()
+            self._kernels, self._transfers, self._copied, self._waited, self._without = [], [], 0.0, 0.0, Counter()
             ms = self._run(branch, times, scope)
-            outcomes.append((ms, self._kernels, self._transfers, self._copied, self._without))
-        ms, kernels, transfers, copied, without = max(outcomes, key=lambda outcome: outcome[0])
+            outcomes.append((ms, self._kernels, self._transfers, self._copied, self._waited, self._without))
+        ms, kernels, transfers, copied, waited, without = max(outcomes, key=lambda outcome: outcome[0])
         self._kernels, self._transfers = kept[0] + kernels, kept[1] + transfers
-        self._copied, self._without = kept[2] + copied, kept[3] + without
+        self._copied, self._waited, self._without = kept[2] + copied, kept[3] + waited, kept[4] + without
         self._notes.append(f"conditional {conditional.name} ({scope}): counted as its longest branch")
         return ms
 
@@ -170,16 +222,23 @@ class Reader:
             )
         )
 
-    def _kernel_or_copy(self, instruction: hlo.Instruction, times: float, scope: str) -> float:
-        """Milliseconds of one call."""
-        if instruction.opcode in _NO_WORK or instruction.opcode.endswith("-done"):
+    def _copy(self, instruction: hlo.Instruction, times: float, copies: _Copies) -> float:
+        """Milliseconds that one call is waited for."""
+        if instruction.opcode in _STARTS and instruction.operands[0] in self._unknown:
             return 0.0
-        if dumped := self._compiled.kernel(instruction.name):
-            self._kernels.append(self._kernel(instruction, times, scope, *dumped))
-            return self._kernels[-1].predicted_ms / times if times else 0.0
-        if instruction.opcode in _COPIES:
-            self._copied += times * arrays.bytes_of(instruction.shape)
-        else:
+        if instruction.opcode == "call-start":
+            if _FORMATTING not in instruction.rest:
+                self._unknown.add(instruction.name)
+                self._without["call to a SparseCore"] += times  # pyright: ignore[reportArgumentType]  # an average
+            return 0.0
+        if instruction.opcode in _STARTS or instruction.opcode == "copy":
+            moved = arrays.moved_bytes(instruction.opcode, instruction.shape)
+            self._copied += times * moved
+            copies.start(instruction.name, 1e3 * moved / self._bandwidth)
+            waited = copies.wait(instruction.name) if instruction.opcode == "copy" else 0.0
+            self._waited += times * waited
+            return waited
+        if instruction.opcode not in _NO_WORK:
             self._without[instruction.opcode] += times  # pyright: ignore[reportArgumentType]  # an average of trips
         return 0.0
 

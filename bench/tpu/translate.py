@@ -184,7 +184,7 @@ class Translator:
         if opcode == "sld":
             return f"memory.get({values[0]}, 0)"
         if opcode == "spop.drf":
-            return "M.remainders.popleft()"
+            return "M.pop_remainder()"
         if opcode == "reloc" or base == "int_to_ptr":
             return values[0]
         if base == "inlined_call_operand":

@@ -20,6 +20,8 @@ MATRIX_QUEUE = 8
 
 _PACKED = (".bf16", ".f16", ".f8", ".bf8", ".s8", ".u8", ".s4")
 _ROWS_PER_REGISTER = 8  # of 32-bit numbers; a packed register holds twice as many, or more
+# A vmatmul of rows that a unit has transposed (v5e, v5p; XLA's x.T @ y): half a packed register, one pop per vmatmul.
+_TRANSPOSED_ROWS = ".lmr."
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def matrix_cycles(opcode: str, core: Core) -> int:
     8 rows of float32, which a 128-wide unit passes once; 16-bit ones come two to a word, 16 rows. Narrower types are
     taken as 16-bit: libtpu splits their registers.
     """
-    is_packed = any(kind in opcode for kind in _PACKED)
+    is_packed = any(kind in opcode for kind in _PACKED) and _TRANSPOSED_ROWS not in opcode
     return _ROWS_PER_REGISTER * (2 if is_packed else 1) // core.rows_per_cycle
 
 

@@ -30,7 +30,11 @@ def test_what_is_expected_to_be_refused_is_compiled():
 
 def test_every_op_is_compiled_for_every_chip_at_every_shape():
     names = list(production.names())
-    assert len(names) == len(set(names)) == len(production.CHIPS) * sum(len(shapes) for _, shapes in production.OPS.values())
+    assert (
+        len(names)
+        == len(set(names))
+        == len(production.CHIPS) * sum(len(shapes) for _, shapes in production.OPS.values())
+    )
 
 
 def test_words_that_no_case_has_are_an_error(monkeypatch, capsys):

@@ -11,11 +11,13 @@ import subprocess
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from bench.tpu import arrays, dump, hlo, kernel, picture, schedule, units
+from bench.tpu import arrays, dump, hlo, kernel, picture, scalar, schedule, units
 from bench.tpu.core import CORES, core_of
 from bench.tpu.record import Program
 from grug_kernels import dispatch
@@ -78,10 +80,10 @@ def test_blocks_are_fetched_as_often_as_the_table_changes(gather_files, order):
 
 
 def test_cycles_add_up(gather_files):
-    """4415: what the prototype of this reader, validated on published timings, counted on the same dump."""
+    """4419: the prototype of this reader counted 4415 on the same dump, with 90 % of the HBM bandwidth and not 87."""
     count = kernel.count(gather_files, CORE)
     waits = count.interlock_cycles + count.matrix_stall_cycles + count.dma_wait_cycles
-    assert count.cycles == count.bundles + waits == 4415
+    assert count.cycles == count.bundles + waits == 4419
     assert sum(region.cycles for region in count.regions) == count.cycles
     assert sum(region.wait_cycles for region in count.regions) == waits
     assert count.missing_operands == (0,)
@@ -101,11 +103,61 @@ def test_a_schedule_names_what_it_does_not_know(dumped, caplog):
     result = schedule.read(tpu_cases.record("v6e"), dumped)
     (gather,) = result.kernels
     assert gather.is_pallas
-    assert (gather.calls, gather.count.cycles, result.copied_bytes) == (1, 4415, 64 * 4)
-    assert result.predicted_ms == pytest.approx(4415 / CORE.clock_hz * 1e3)
+    assert (gather.calls, gather.count.cycles, result.copied_bytes) == (1, 4419, 64 * 4)
+    assert result.predicted_ms == pytest.approx(4419 / CORE.clock_hz * 1e3)
     assert "gather.1: operand 0 (%table.1) is read as scalars and known at run time only" in caplog.text
     assert "Pass smem={('gather', 0): array}" in result.table()
     assert json.loads(json.dumps(result.to_json()))["kernels"][0]["count"]["dmas"] == 8
+
+
+def with_copy(words: int, done_first: bool) -> str:
+    """The module with a copy from HBM to HBM that starts before the kernel, and is waited for before it or after."""
+    start, root = (next(line for line in HLO.splitlines() if name in line) for name in ("copy-start.1", "ROOT"))
+    copy = f"(f32[{words}]{{0}}, f32[{words}]{{0}}, u32[]{{:S(2)}}) copy-start(%x.1)"
+    done = f"  %copy-done.1 = f32[{words}]{{0}} copy-done(%copy-start.1)"
+    body = [f"  %copy-start.1 = {copy}", done, root] if done_first else [f"  %copy-start.1 = {copy}", root, done]
+    return HLO.replace(f"{start}\n{root}", "\n".join(body))
+
+
+@pytest.mark.parametrize(
+    ("words", "done_first", "share"),
+    [
+        (64, False, 0.0),  # a small one moves while the kernel waits for its semaphores
+        (64, True, 1.0),
+        (10**6, True, 1.0),
+        (10**6, False, None),  # what the kernel leaves of its time is taken off
+    ],
+)
+def test_a_copy_is_waited_for_where_kernels_leave_it_no_time(dumped, words, done_first, share):
+    with_it = program(with_copy(words, done_first), dumped.compiled.directory)
+    result = schedule.read(tpu_cases.record("v6e"), with_it)
+    seconds = 2 * 4 * words / (CORE.hbm_bytes_per_second * scalar.HBM_EFFICIENCY)
+    (gather,) = result.kernels
+    if share is None:
+        bandwidth = CORE.hbm_bytes_per_second * scalar.HBM_EFFICIENCY
+        share = 1 - (gather.predicted_ms / 1e3 - gather.count.hbm_bytes / bandwidth) / seconds
+        assert 0.1 < share < 0.9
+    assert result.copy_wait_ms == pytest.approx(1e3 * seconds * share)
+    assert result.predicted_ms == pytest.approx(gather.predicted_ms + result.copy_wait_ms)
+    assert f"waiting for copies {result.copy_wait_ms:.4f} ms of {result.copied_ms:.4f}" in result.table()
+
+
+def test_a_conversion_on_a_sparse_core_is_waited_for(dumped):
+    """XLA gives changes of layout to SparseCores; nothing runs beside this one."""
+    call = """  %format.call-start = ((), (), s32[]{:S(2)}) call-start(), offload="OFFLOAD_DATA_FORMATTING"
+  %format.call-update = ((f32[1000]{0}), f32[1000]{0}) call-update(%format.call-start, %x.1)
+  %format.call-done = f32[1000]{0} call-done(%format.call-update)
+"""
+    module = HLO.replace("  ROOT", call + "  ROOT")
+    result = schedule.read(tpu_cases.record("v6e"), program(module, dumped.compiled.directory))
+    seconds = 2 * 4000 / (CORE.hbm_bytes_per_second * scalar.HBM_EFFICIENCY)
+    assert result.copy_wait_ms == pytest.approx(1e3 * seconds)
+    assert not any("SparseCore" in note for note in result.notes)
+    # Of a gather or scatter there it is not known what it moves.
+    module = module.replace("OFFLOAD_DATA_FORMATTING", "OFFLOAD_GATHER_SCATTER")
+    result = schedule.read(tpu_cases.record("v6e"), program(module, dumped.compiled.directory))
+    assert result.copy_wait_ms == 0
+    assert "counted as nothing: 1 call to a SparseCore" in result.table()
 
 
 def test_scalars_given_by_the_caller_are_used(dumped):
@@ -247,3 +299,14 @@ def test_a_matmul_streams_what_its_arithmetic_asks_for(chip):
     assert count.matrix_busy * count.cycles == pytest.approx(2 * 512**3 / core.flops_per_cycle)
     assert not count.warnings
     assert units.SLOTS[0] in result.to_json()["kernels"][0]["count"]["slots"]
+
+
+@needs_libtpu
+@pytest.mark.parametrize("chip", ["v5e", "v5p"])
+def test_a_transposed_matmul_streams_no_more_than_any_other(chip):
+    """XLA's x.T @ y has the matrix units transpose x and streams half registers; each was counted as a whole one."""
+    x = jax.ShapeDtypeStruct((512, 1024), jnp.bfloat16)
+    result = schedule.analyze(lambda x, y: jnp.dot(x.T, y, preferred_element_type=jnp.float32), (x, x), chip)
+    count, core = max(result.kernels, key=lambda k: k.predicted_ms).count, core_of(chip)
+    flops = 2 * 512 * 1024**2 / core.cores_per_device
+    assert count.matrix_busy * count.cycles == pytest.approx(flops / core.flops_per_cycle)

@@ -122,6 +122,11 @@ def test_a_guard_decides_whether_a_register_or_memory_changes(guard, answer):
     assert len(machine.memory) == (2 if answer else 0)
 
 
+def test_a_remainder_of_no_division_is_zero_with_a_warning():
+    trace = prepare("{ %s1_s4 = spop.drf %7 }").run(CORE)
+    assert trace.warnings == ("1 remainders popped without a division before them, taken as 0",)
+
+
 def test_a_remainder_arrives_where_it_is_popped():
     scalars, *_ = final_state("{ %7 = sdivrem.u32 14, 3 /* kRem */ }", "{ %s1_s4 = spop.drf %7 }")
     assert scalars[4] == 2

@@ -25,6 +25,7 @@ def stalls(bundles: list[str], is_loop: bool = False, core=V6E) -> dict[int, int
         ("vmatmul.mubr.f32.gmra.mrb[0].mxu0", V6E, 4),
         ("vmatmul.bf16.gmra.mxu0", V5P, 16),
         ("vmatmul.f32.gmra.mxu0", V5P, 8),
+        ("vmatmul.lmr.bf16.gmra.16.mxu0", V5P, 8),  # half a register: one pop each, where a whole one has two
     ],
 )
 def test_a_matmul_takes_a_cycle_per_row(opcode, core, cycles):
@@ -268,11 +269,6 @@ def test_an_array_lies_in_memory_as_its_layout_says(values, layout, words):
     assert {index: int(packed[index]) for index in words} == words
 
 
-@pytest.mark.parametrize(("shape", "size"), [("f32[8,4]{1,0}", 128), ("(bf16[3]{0}, u32[])", 6), ("pred[5]", 5)])
-def test_bytes_of_a_printed_shape(shape, size):
-    assert arrays.bytes_of(shape) == size
-
-
 def test_bytes_of_a_printed_tuple_leave_semaphores_out():
     assert arrays.all_bytes_of("(bf16[3]{0}, f32[]{:T(128)}, u32[]{:S(2)})") == 6 + 4
 
@@ -301,3 +297,19 @@ def test_a_kernels_strip_is_its_regions_by_their_cycles():
     assert len(strip) == kernel.STRIP_BINS
     quarters = np.array(strip).reshape(4, -1)
     np.testing.assert_allclose(quarters, np.broadcast_to([[1.0], [0.5], [0.0], [0.5]], quarters.shape))
+
+
+@pytest.mark.parametrize(
+    ("opcode", "shape", "size"),
+    [
+        ("copy", "f32[8,4]{1,0}", 2 * 128),  # read and written
+        ("copy", "pred[5]{0:S(1)}", 0),
+        ("copy-start", "(f32[64]{0:S(1)}, f32[64]{0}, u32[]{:S(2)})", 256),  # to VMEM: only read
+        ("copy-start", "(f32[64]{0}, f32[64]{0}, u32[]{:S(2)})", 512),
+        ("slice-start", "((f32[1024]{0}), bf16[3]{0:S(1)}, u32[]{:S(2)})", 6),  # the slice, not what it is cut from
+        ("call-update", "((bf16[16,8]{1,0:T(8,128)(2,1)}), bf16[16,8]{0,1:T(8,128)(2,1)})", 512),
+        ("copy-start", "(f32[], f32[], u32[])", 0),
+    ],
+)
+def test_what_a_copy_moves_in_hbm(opcode, shape, size):
+    assert arrays.moved_bytes(opcode, shape) == size

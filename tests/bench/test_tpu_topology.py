@@ -13,7 +13,9 @@ needs_libtpu = pytest.mark.skipif(not has_libtpu(), reason=LIBTPU_IS_MISSING)
 
 @pytest.mark.parametrize("name", ["v9", "v9:2x2", "v6e:banana", "v6e:4", "v6e:", "", "V6E:2x2"])
 def test_an_unknown_chip_is_told_which_there_are(name):
-    with pytest.raises(ValueError, match=rf"{name!r}.*Chips are v4, v5e, v5p, v6e, tpu7x; .*v5p:2x2x1, v5p:4x4x4, v6e:2x2"):
+    with pytest.raises(
+        ValueError, match=rf"{name!r}.*Chips are v4, v5e, v5p, v6e, tpu7x; .*v5p:2x2x1, v5p:4x4x4, v6e:2x2"
+    ):
         tpu_topology(name)
 
 
