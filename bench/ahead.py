@@ -44,10 +44,9 @@ def tell(benchmark: Any, row: Mapping[str, Any]) -> None:
     benchmark.pedantic(pass_time, rounds=1)
 
 
-def every(shapes: Sequence[Any]) -> list[Any]:
-    """Their names, to parametrize over: the first always, the others with `-m long`."""
-    first, *others = map(str, shapes)
-    return [first, *(pytest.param(name, marks=pytest.mark.long) for name in others)]
+def every(*always: Any, long: Sequence[Any] = ()) -> list[Any]:
+    """What to parametrize over: `always`, and `long` with `-m long` only."""
+    return [*always, *(pytest.param(value, marks=pytest.mark.long) for value in long)]
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
@@ -87,11 +86,18 @@ def rows(request: Any) -> Iterator[Rows]:
 
 @pytest.fixture
 def ahead(request: Any) -> Callable[[], dict[str, Any]]:
-    """The item's row. Skips it, saying so, without libtpu."""
+    """The item's row. Skips it, saying so, without libtpu or without the peer that it is of."""
     if not has_libtpu():
         pytest.skip(LIBTPU_IS_MISSING)
     found = request.getfixturevalue("rows")
-    return lambda: found.of(request.node)
+
+    def row() -> dict[str, Any]:
+        try:
+            return found.of(request.node)
+        except ModuleNotFoundError as missing:
+            pytest.skip(str(missing))
+
+    return row
 
 
 def _on_cpu() -> None:

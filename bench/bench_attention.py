@@ -7,7 +7,7 @@ import pytest
 
 from bench.ahead import every, tell, told
 from bench.peers import attention as peers
-from bench.shapes import CPU_ATTENTION, TPU_ATTENTION, TPU_CHIPS, named
+from bench.shapes import CPU_ATTENTION, TPU_ATTENTION, TPU_CHIPS, named, names
 from bench.timing import compile_timed, run
 from bench.tpu.rows import predicted_row
 from grug_kernels.attention import AttentionMask, attention
@@ -51,16 +51,17 @@ def row(chip: str, shape: str, passes: peers.Passes, implementation: str):
     """Causal: half of the scores. The backward pass makes them again, and two matmuls for each of forward's."""
     sizes = named(TPU_ATTENTION, shape)
     facts = {"op": "attention", "passes": passes, "implementation": implementation, "shape": shape}
-    facts |= {"block_sizes": str(peers.block_sizes_of(implementation, sizes, passes, chip))}
+    blocks = peers.block_sizes_of(implementation, sizes, passes, chip)
+    facts |= {"block_sizes": "{query}×{key}, {compute} at a time".format(**blocks)}
     function, args = peers.attention_case(implementation, sizes, passes, chip)
     flops = sizes.forward_flops / 2 * (1 if passes == "forward" else 2.5)
     return predicted_row(function, args, chip, facts, flops=flops)
 
 
 @pytest.mark.benchmark(timer=told)
-@pytest.mark.parametrize("passes", ["forward", "backward"])
-@pytest.mark.parametrize("implementation", ["jax_splash", "tokamax_splash", "levanter_grug"])
-@pytest.mark.parametrize("shape", every(TPU_ATTENTION))
+@pytest.mark.parametrize("passes", every("forward", long=["backward"]))
+@pytest.mark.parametrize("implementation", every("jax_splash", "tokamax_splash", long=["levanter_grug"]))
+@pytest.mark.parametrize("shape", every(*names(TPU_ATTENTION[:1]), long=names(TPU_ATTENTION[1:])))
 @pytest.mark.parametrize("chip", TPU_CHIPS)
 def bench_attention_on_tpu(benchmark, ahead, chip, shape, implementation, passes):
     benchmark.group = f"attention {shape}, {passes}, {chip}"

@@ -7,7 +7,7 @@ import pytest
 
 from bench.ahead import every, tell, told
 from bench.peers import cross_entropy as peers
-from bench.shapes import CPU_LOSS, TPU_CHIPS, TPU_LOSS, named
+from bench.shapes import CPU_LOSS, TPU_CHIPS, TPU_LOSS, named, names
 from bench.timing import compile_timed, run
 from bench.tpu.rows import predicted_row
 from grug_kernels.cross_entropy import linear_cross_entropy
@@ -39,6 +39,7 @@ def bench_cross_entropy(benchmark, shape, implementation, passes):
 
 
 OURS = ("xla",)
+WEIGHTED_SUM = "levanter_weighted_sum"
 
 
 def ours(shape, implementation):
@@ -65,8 +66,8 @@ def row(chip: str, shape: str, implementation: str):
 
 
 @pytest.mark.benchmark(timer=told)
-@pytest.mark.parametrize("implementation", [*OURS, "naive", "tokamax_pallas", "levanter_xla", "levanter_weighted_sum"])
-@pytest.mark.parametrize("shape", every(TPU_LOSS))
+@pytest.mark.parametrize("implementation", every(*OURS, "naive", long=["tokamax_pallas", "levanter_xla", WEIGHTED_SUM]))
+@pytest.mark.parametrize("shape", every(*names(TPU_LOSS[:1]), long=names(TPU_LOSS[1:])))
 @pytest.mark.parametrize("chip", TPU_CHIPS)
 def bench_cross_entropy_on_tpu(benchmark, ahead, chip, shape, implementation):
     benchmark.group = f"cross_entropy {shape}, with_gradients, {chip}"

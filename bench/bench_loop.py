@@ -2,12 +2,18 @@
 """What the loop adds to the step: data, metrics and progress, beside the compiled step called again and again."""
 
 import dataclasses
+import functools
 import importlib
+import tempfile
+from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import jax
+import pytest
 
+from bench.ahead import tell, told
 from bench.laptop import laptop_step
 from bench.timing import compile_timed
 from train.summary import read_history
@@ -42,19 +48,26 @@ def loop_seconds(variant: str, folder) -> list[float]:
     return [seconds + hooks[step] for step, seconds in sorted(windows.items())[1:]]
 
 
-def bench_loop_overhead(benchmark, tmp_path):
+@functools.cache
+def rows() -> dict[str, dict[str, Any]]:
     """Three runs of the loop, each beside as many bare windows: overhead is the ratio of the medians."""
     variant, bare, loop = "array_stacked", [], []
-    with laptop_step(variant) as (train_step, state, batch):
+    with laptop_step(variant) as (train_step, state, batch), tempfile.TemporaryDirectory() as folder:
         compiled = compile_timed(train_step, state, batch)
         for block in range(BLOCKS):
-            loop += loop_seconds(variant, tmp_path / str(block))
+            loop += loop_seconds(variant, Path(folder) / str(block))
             for _ in range(STEPS // LOG_EVERY):
                 seconds, state = bare_seconds(compiled, state, batch)
                 bare.append(seconds)
-    benchmark.extra_info |= compiled.row() | {
-        "bare_step_seconds": median(bare),
-        "loop_step_seconds": median(loop),
-        "loop_adds_percent": 100 * (median(loop) / median(bare) - 1),
+    facts = compiled.row() | {"op": "loop", "variant": variant}
+    return {
+        "step alone": facts | {"implementation": "step alone", "seconds": median(bare)},
+        "step in the loop": facts | {"implementation": "step in the loop", "seconds": median(loop)},
     }
-    benchmark.pedantic(lambda: bare_seconds(compiled, state, batch), rounds=1)
+
+
+@pytest.mark.benchmark(timer=told)
+@pytest.mark.parametrize("case", ["step alone", "step in the loop"])
+def bench_loop(benchmark, case):
+    benchmark.group = "what the loop adds to a step"
+    tell(benchmark, rows()[case])

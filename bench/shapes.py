@@ -68,3 +68,7 @@ TPU_CHIPS = ("v5p", "v6e")
 
 def named(shapes: Sequence[Any], name: str) -> Any:
     return next(shape for shape in shapes if str(shape) == name)
+
+
+def names(shapes: Sequence[Any]) -> list[str]:
+    return [str(shape) for shape in shapes]

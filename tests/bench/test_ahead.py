@@ -82,3 +82,16 @@ def test_without_libtpu_the_row_is_skipped_with_the_reason(monkeypatch):
     monkeypatch.setattr(module, "has_libtpu", lambda: False)
     with pytest.raises(pytest.skip.Exception, match="libtpu is not installed: uv sync --extra tpu"):
         module.ahead.__wrapped__(SimpleNamespace())
+
+
+def test_without_the_peer_its_row_is_skipped_with_the_reason(monkeypatch):
+    def missing(chip):
+        raise ModuleNotFoundError("tokamax is not installed: uv sync --extra peers")
+
+    monkeypatch.setattr(module, "has_libtpu", lambda: True)
+    asking = item("a", row=missing, chip="v6e")
+    with ThreadPoolExecutor(1) as pool:
+        rows = Rows([asking], pool)
+        row = module.ahead.__wrapped__(SimpleNamespace(node=asking, getfixturevalue=lambda name: rows))
+        with pytest.raises(pytest.skip.Exception, match="uv sync --extra peers"):
+            row()
