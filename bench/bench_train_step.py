@@ -33,12 +33,12 @@ def rows() -> dict[str, dict[str, Any]]:
                     compiled = compile_timed(train_step, state, batch)
             else:
                 compiled = compile_timed(train_step, state, batch)
-            found[name] = compiled.row() | {"op": "train_step", "passes": "step", "variant": name}
+            facts = {"op": "train_step", "passes": "step", "variant": name, "tokens": batch.tokens.size}
+            found[name] = compiled.row() | facts
             calls[name] = repeated(compiled, state, batch)
             jax.block_until_ready(calls[name]())
-            tokens = batch.tokens.size
     for name, seconds in interleaved(calls, ROUNDS).items():
-        found[name] |= {"seconds": seconds, "tokens_per_second": tokens / seconds, "interleaved_rounds": ROUNDS}
+        found[name] |= {"seconds": seconds, "tokens_per_second": found[name]["tokens"] / seconds, "rounds": ROUNDS}
     return found
 
 
