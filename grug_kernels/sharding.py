@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading the explicit sharding of an array, so that an op can `shard_map` itself and no caller has to."""
+"""Reading the explicit sharding of an array, so that an op can `shard_map` itself and no caller has to; and what arrays
+inside a `shard_map` vary over."""
 
 from collections.abc import Iterable
+from functools import partial
 
 import jax
+from jax import lax
 from jax.sharding import AxisType
 
 Axes = tuple[str, ...]
@@ -31,3 +34,23 @@ def shards_of(axes: Iterable[str]) -> int:
     for name in axes:
         pieces *= shape[name]
     return pieces
+
+
+def vary_alike(tree):
+    """Inside a shard_map: the arrays of `tree`, all varying over the mesh axes that any of them varies over.
+
+    A sink that is the same on every batch shard is then marked as varying before the custom gradient sees it, and JAX
+    sums its gradient over those shards.
+    """
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree)))
+    return jax.tree.map(partial(_vary_over, axes), tree)
+
+
+def vary_with(reference, tree):
+    """`tree`, varying over the mesh axes that `reference` varies over, as a loop's first state has to."""
+    return jax.tree.map(partial(_vary_over, jax.typeof(reference).manual_axis_type.varying), tree)
+
+
+def _vary_over(axes: frozenset[str], x):
+    missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
+    return lax.pcast(x, missing, to="varying") if missing else x

@@ -19,8 +19,20 @@ from grug_kernels.attention.block_sizes import BlockSizes
 from grug_kernels.attention.mask import AttentionMask, Intervals
 from grug_kernels.sharding import Axes, sharded_axes, shards_of
 
-Implementation = Literal["xla", "reference"]
-IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {"xla": xla.attention, "reference": reference.attention}
+Implementation = Literal["pallas_tpu", "xla", "reference"]
+
+
+def _pallas_tpu(*args: Any, **kwargs: Any):
+    from grug_kernels.attention import pallas_tpu  # Pallas takes half a second to import, and only a TPU needs it
+
+    return pallas_tpu.attention(*args, **kwargs)
+
+
+IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
+    "pallas_tpu": _pallas_tpu,
+    "xla": xla.attention,
+    "reference": reference.attention,
+}
 
 _NUMBER = int | float | np.number
 
@@ -81,8 +93,8 @@ def attention_with_lse(
       mask: which keys each query sees. The queries are the last seq_len of the kv_len positions.
       sinks: for each head, the score of a key that every query sees and that has no value.
       sm_scale: 1 / sqrt(head_dim) unless given.
-      implementation: "xla" (blockwise, memory linear in length), "reference" (the definition, all scores at once), or
-        None to choose for the platform.
+      implementation: "pallas_tpu" (fused kernels), "xla" (blockwise, memory linear in length), "reference" (the
+        definition, all scores at once), or None to choose for the platform.
       block_sizes: of a blockwise implementation, in place of its own choice.
 
     Raises:

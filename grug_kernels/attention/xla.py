@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from grug_kernels.attention.block_sizes import BlockSizes, default_block_sizes
 from grug_kernels.attention.mask import Intervals, visited_key_blocks
+from grug_kernels.sharding import vary_alike, vary_with
 
 # Stands for "no score yet". Finite: -inf - -inf is NaN, and would poison rows that see nothing.
 _NO_SCORE = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -83,7 +84,7 @@ def attention(
     Source: arXiv:2205.14135 (online softmax by blocks), arXiv:2307.08691 (one division at the end).
     """
     block_sizes = block_sizes or default_block_sizes(q.shape[1], k.shape[1])
-    return _attention(_Static(sm_scale, logit_soft_cap, block_sizes), *_vary_alike((q, k, v, sinks, intervals)))
+    return _attention(_Static(sm_scale, logit_soft_cap, block_sizes), *vary_alike((q, k, v, sinks, intervals)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -128,7 +129,7 @@ def _backward(static: _Static, residuals, cotangents):
 
     def row(inputs):
         blocks, keys, values = inputs
-        zeros = _vary_with(keys, tuple(jnp.zeros(x.shape, jnp.float32) for x in (keys, values)))
+        zeros = vary_with(keys, tuple(jnp.zeros(x.shape, jnp.float32) for x in (keys, values)))
         (dk, dv), by_query = lax.scan(
             lambda sums, block: _backward_block(static, sums, block, keys, values), zeros, blocks
         )
@@ -174,7 +175,7 @@ def _forward_block(static: _Static, q, mask: _BlockMask, keys, values, sinks):
         largest, total = jnp.full(column, _NO_SCORE, jnp.float32), jnp.zeros(column, jnp.float32)
     else:  # A sink is a key that everyone sees, without a value.
         largest, total = jnp.broadcast_to(sinks, column), jnp.ones(column, jnp.float32)
-    start = _vary_with(q, (largest, total, jnp.zeros((*q.shape[:3], values.shape[-1]), jnp.float32)))
+    start = vary_with(q, (largest, total, jnp.zeros((*q.shape[:3], values.shape[-1]), jnp.float32)))
     largest, total, weighted = _for_key_blocks(mask, keys.shape[0], add_key_block, start)
     sees = (mask.lower < mask.upper)[None, None, :, None]
     out = jnp.where(sees, weighted / total, 0.0).astype(q.dtype)
@@ -218,7 +219,7 @@ def _backward_block(static: _Static, sums, block: _QueryBlock, keys, values):
         dv_n = jnp.einsum("kgts,kgth->ksh", weights, block.dout, preferred_element_type=jnp.float32)
         return dq, _add_at(dk, n, dk_n), _add_at(dv, n, dv_n)
 
-    start = (_vary_with(block.q, jnp.zeros(block.q.shape, jnp.float32)), *sums)
+    start = (vary_with(block.q, jnp.zeros(block.q.shape, jnp.float32)), *sums)
     dq, dk, dv = _for_key_blocks(block.mask, keys.shape[0], add_key_block, start)
     dsink = -block.sink_weights / total * (delta - block.dlse)
     return (dk, dv), (dq.astype(block.q.dtype), dsink)
@@ -278,23 +279,3 @@ def _in_blocks(x, block: int):
     """[batch, length, ...] -> [batch, blocks, block, ...]."""
     padding = [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2)
     return jnp.pad(x, padding).reshape(x.shape[0], -1, block, *x.shape[2:])
-
-
-def _vary_alike(tree):
-    """Inside a shard_map: the arrays of `tree`, all varying over the mesh axes that any of them varies over.
-
-    A sink that is the same on every batch shard is then marked as varying before the custom gradient sees it, and JAX
-    sums its gradient over those shards.
-    """
-    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree)))
-    return jax.tree.map(partial(_vary_over, axes), tree)
-
-
-def _vary_with(reference, tree):
-    """`tree`, varying over the mesh axes that `reference` varies over, as a loop's first state has to."""
-    return jax.tree.map(partial(_vary_over, jax.typeof(reference).manual_axis_type.varying), tree)
-
-
-def _vary_over(axes: frozenset[str], x):
-    missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
-    return lax.pcast(x, missing, to="varying") if missing else x

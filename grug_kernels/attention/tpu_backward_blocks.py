@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the backward kernel is cut: sizes, what VMEM they take, and the choice for each chip."""
+
+import math
+from dataclasses import dataclass, replace
+
+from grug_kernels.chips import MIB, TPUS
+from grug_kernels.dispatch import UnsupportedError
+
+
+@dataclass(frozen=True)
+class BackwardBlocks:
+    """How the backward pass is cut.
+
+    block_q, block_kv: one tile, queries against keys. Lengths are whole numbers of them.
+    row_chunk: queries of one head that are in the pipeline at a time; an even number of them is in a block.
+    kv_heads: key heads of one grid step.
+    group_heads: at most so many query heads of each of them. Code, and compile time, grow with their number.
+    key_chunk: keys whose dk and dv are summed in VMEM at once. Beyond that length dq goes through HBM between chunks.
+    transposed_keys: sum dk and dv as [head_dim, keys]. Better where the matrix unit is wider than head_dim.
+    vmem_limit: bytes of VMEM that the compiler may use.
+
+    Raises:
+      ValueError: sizes that do not go into one another.
+    """
+
+    block_q: int = 512
+    block_kv: int = 512
+    row_chunk: int = 256
+    kv_heads: int = 1
+    group_heads: int = 4
+    key_chunk: int = 8192
+    transposed_keys: bool = True
+    vmem_limit: int = 100 * 2**20
+
+    def __post_init__(self):
+        if self.block_q % (2 * self.row_chunk):
+            raise ValueError(
+                f"attention backward: block_q={self.block_q} is no even number of row_chunk={self.row_chunk}. Chunks"
+                " take turns in two buffers, from one tile to the next: choose a row_chunk that divides block_q / 2."
+            )
+        if self.key_chunk % self.block_kv:
+            raise ValueError(
+                f"attention backward: key_chunk={self.key_chunk} is no multiple of block_kv={self.block_kv}."
+            )
+
+    def heads_of(self, group: int) -> int:
+        """Query heads of a group in one grid step: the most that divide it."""
+        return max(n for n in range(1, self.group_heads + 1) if group % n == 0)
+
+    def chunk(self, kv_len: int) -> int:
+        return min(self.key_chunk, kv_len)
+
+    def chunks(self, kv_len: int) -> int:
+        """Key chunks of a row; the last may run past its end, where no tile is ever visited."""
+        return -(-kv_len // self.chunk(kv_len))
+
+
+@dataclass(frozen=True)
+class BackwardShape:
+    """What VMEM depends on besides the blocks. itemsize: of q, k and v; out_error_itemsize: 0 without one."""
+
+    kv_len: int
+    num_kv_heads: int
+    group: int
+    head_dim: int
+    v_head_dim: int
+    itemsize: int = 2
+    out_error_itemsize: int = 0
+
+
+def vmem_bytes(shape: BackwardShape, blocks: BackwardBlocks) -> int:
+    """Of one grid step. What the compiler adds, spilled registers, is a few KiB in bfloat16."""
+    heads, block_q, block_kv = blocks.kv_heads, blocks.block_q, blocks.block_kv
+    group, chunk = blocks.heads_of(shape.group), blocks.chunk(shape.kv_len)
+    width, v_width = (_lanes(x) for x in (shape.head_dim, shape.v_head_dim))
+    queries, keys, item = heads * group * block_q, heads * chunk, shape.itemsize
+    statistic = heads * _sublanes(group) * block_q * 4
+    has_one_chunk = blocks.chunks(shape.kv_len) == 1
+    q_rows = queries * width * item
+    terms = [
+        2 * q_rows * (2 if has_one_chunk else 1),  # q and dq; windows are doubled, one being filled as one is used
+        2 * 2 * queries * v_width * item,  # out, dout
+        2 * queries * v_width * shape.out_error_itemsize,
+        2 * 2 * keys * (width + v_width) * item,  # k, v, dk, dv
+        2 * 3 * statistic,  # lse, dlse, delta
+        2 * 2 * block_q * 4,  # lower, upper
+        heads * group * (shape.head_dim + shape.v_head_dim) * block_q * item,  # q_t, dout_t
+        2 * statistic,  # lse in base 2, shift
+        heads * group * shape.head_dim * block_q * 4,  # dq
+        keys * (shape.head_dim + shape.v_head_dim if blocks.transposed_keys else width + v_width) * 4,  # dk, dv
+        4 * block_kv * _lanes(blocks.row_chunk) * item,  # p and ds, twice
+        0 if has_one_chunk else 2 * queries * width * 4,  # dq from and to HBM
+    ]
+    return sum(terms)
+
+
+# Left to the compiler of the VMEM that a chip has, for itself and for registers that it spills.
+_USABLE, _FOR_BUFFERS = 0.9, 0.8
+_MATRIX_WIDTH = {"v6e": 256, "tpu7x": 256}
+
+
+def default_backward_blocks(shape: BackwardShape, chip: str) -> BackwardBlocks:
+    """By predicted cycles, on v6e at 8192 tokens, 32/8 heads, head_dim 128 (2026-11-21; in millions): 4.65; row_chunk
+    512 5.18, 128 6.05; block_q 256 4.93; block_kv 256 4.96, 1024 5.33; not transposed_keys 5.5 (TPU7x; 4.57 there).
+
+    Raises:
+      UnsupportedError: one tile does not fit into the chip's VMEM.
+    """
+    vmem = next(tpu.vmem_bytes for tpu in TPUS if tpu.name == chip)
+    assert vmem is not None
+    blocks = BackwardBlocks(
+        kv_heads=math.gcd(shape.num_kv_heads, 2) if shape.group == 1 else 1,
+        transposed_keys=_MATRIX_WIDTH.get(chip, 128) > shape.head_dim,
+        vmem_limit=int(_USABLE * vmem),
+    )
+    if shape.itemsize > 2:  # Six products for one, each of parts of its operands: less is in flight at a time.
+        blocks = replace(blocks, block_q=256, block_kv=256, row_chunk=128, key_chunk=256)
+    # As long a chunk as fits, all of them equal: 9 tiles as 5 + 4 rather than 8 + 1.
+    tiles = -(-shape.kv_len // blocks.block_kv)
+    for chunks in range(1, tiles + 1):
+        cut = replace(blocks, key_chunk=-(-tiles // chunks) * blocks.block_kv)
+        if vmem_bytes(shape, cut) <= _FOR_BUFFERS * vmem:
+            return cut
+    smallest = vmem_bytes(shape, replace(blocks, key_chunk=blocks.block_kv))
+    raise UnsupportedError(
+        f"attention backward: one tile with head_dim={shape.head_dim}, v_head_dim={shape.v_head_dim} takes"
+        f" {smallest / MIB:.0f} MiB of VMEM, and {chip} has {_FOR_BUFFERS * vmem / MIB:.0f} MiB for it."
+        " Use implementation='xla'."
+    )
+
+
+def _lanes(width: int) -> int:
+    return -(-width // 128) * 128
+
+
+def _sublanes(rows: int) -> int:
+    # A window of fewer than 8 rows is padded to the next power of two.
+    return -(-rows // 8) * 8 if rows > 4 else 1 << (rows - 1).bit_length()

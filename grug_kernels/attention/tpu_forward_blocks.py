@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the forward kernel is cut: sizes, what VMEM they take, and the choice for each chip."""
+
+from dataclasses import dataclass, replace
+
+from grug_kernels.chips import MIB, TPUS
+from grug_kernels.dispatch import UnsupportedError
+
+
+@dataclass(frozen=True)
+class ForwardBlocks:
+    """How the forward pass is cut.
+
+    block_q, block_kv: one tile, queries against keys. Lengths are whole numbers of them.
+    row_chunk: queries of one head in a stage of the pipeline; divides block_q.
+    kv_heads: key heads of one grid step. group_heads: at most so many query heads of each of them. Together with
+    block_q they make the row chunks of a tile, and code and compile time grow with their number.
+    key_chunk: keys of a head that are in VMEM at a time.
+    vmem_limit: bytes of VMEM that the compiler may use.
+
+    Raises:
+      ValueError: sizes that do not go into one another.
+    """
+
+    block_q: int = 512
+    block_kv: int = 512
+    row_chunk: int = 512
+    kv_heads: int = 1
+    group_heads: int = 4
+    key_chunk: int = 8192
+    vmem_limit: int = 100 * 2**20
+
+    def __post_init__(self):
+        if self.block_q % self.row_chunk:
+            raise ValueError(
+                f"attention forward: block_q={self.block_q} is no multiple of row_chunk={self.row_chunk}, the queries"
+                " that go through it at a time."
+            )
+        if self.key_chunk % self.block_kv:
+            raise ValueError(
+                f"attention forward: key_chunk={self.key_chunk} is no multiple of block_kv={self.block_kv}."
+            )
+
+    def heads_of(self, group: int) -> int:
+        """Query heads of a group in one grid step: the most that divide it."""
+        return max(n for n in range(1, self.group_heads + 1) if group % n == 0)
+
+    def chunk(self, kv_len: int) -> int:
+        return min(self.key_chunk, kv_len)
+
+
+@dataclass(frozen=True)
+class ForwardShape:
+    """What VMEM depends on besides the blocks. itemsize: of q, k and v."""
+
+    kv_len: int
+    num_kv_heads: int
+    group: int
+    head_dim: int
+    v_head_dim: int
+    itemsize: int = 2
+    with_error: bool = True
+
+
+def vmem_bytes(shape: ForwardShape, blocks: ForwardBlocks) -> int:
+    """Of one grid step, without the registers that the compiler spills."""
+    rows = blocks.kv_heads * blocks.heads_of(shape.group) * blocks.block_q
+    keys = blocks.kv_heads * blocks.chunk(shape.kv_len)
+    width, v_width, item = _lanes(shape.head_dim), _lanes(shape.v_head_dim), shape.itemsize
+    terms = [
+        2 * rows * width * item,  # q; windows are doubled, one being filled as one is used
+        2 * keys * (width + v_width) * item,  # k, v
+        2 * 2 * 8 * blocks.block_q * 4,  # lower, upper; a row takes a tile of eight
+        2 * rows * v_width * item * (2 if shape.with_error else 1),  # out and its error
+        2 * 8 * rows * 4,  # lse
+        6 * 8 * rows * 4,  # reference, largest, total, excess; reference and total saved
+        2 * rows * shape.v_head_dim * 4,  # weighted, and saved
+        2 * blocks.block_kv * blocks.row_chunk * (item + 4),  # weights and scores between the stages
+    ]
+    return sum(terms)
+
+
+# Left to the compiler of the VMEM that a chip has, for itself and for registers that it spills.
+_USABLE, _FOR_BUFFERS = 0.9, 0.7
+_ROW_CHUNKS = 4  # of a tile: fewer leave the pipeline nothing to overlap
+
+
+def default_forward_blocks(shape: ForwardShape, chip: str) -> ForwardBlocks:
+    """By predicted cycles, on v6e at 8192 tokens, 32/8 heads, head_dim 128 (2026-11-21; in millions, bounded and lagged
+    softmax): 2.07 and 2.61. With an exact maximum in every tile 3.07; of it block_kv 256 3.70, 1024 3.56, row_chunk 256
+    3.68 before scores and weights went through VMEM (3.34 then).
+
+    Raises:
+      UnsupportedError: one tile does not fit into the chip's VMEM.
+    """
+    vmem = next(tpu.vmem_bytes for tpu in TPUS if tpu.name == chip)
+    assert vmem is not None
+    blocks = ForwardBlocks(vmem_limit=int(_USABLE * vmem))
+    if shape.itemsize > 2:  # Six products for one, each of parts of its operands: less is in flight at a time.
+        blocks = replace(blocks, block_q=256, block_kv=256, row_chunk=256)
+    wanted = max(1, _ROW_CHUNKS // blocks.heads_of(shape.group))
+    blocks = replace(blocks, kv_heads=max(n for n in range(1, wanted + 1) if shape.num_kv_heads % n == 0))
+    # As long a chunk as fits, all of them equal: 9 tiles as 5 + 4 rather than 8 + 1.
+    tiles = -(-shape.kv_len // blocks.block_kv)
+    for chunks in range(1, tiles + 1):
+        cut = replace(blocks, key_chunk=-(-tiles // chunks) * blocks.block_kv)
+        if vmem_bytes(shape, cut) <= _FOR_BUFFERS * vmem:
+            return cut
+    smallest = vmem_bytes(shape, replace(blocks, key_chunk=blocks.block_kv))
+    raise UnsupportedError(
+        f"attention forward: one tile with head_dim={shape.head_dim}, v_head_dim={shape.v_head_dim} takes"
+        f" {smallest / MIB:.0f} MiB of VMEM, and {chip} has {_FOR_BUFFERS * vmem / MIB:.0f} MiB for it."
+        " Use implementation='xla'."
+    )
+
+
+def _lanes(width: int) -> int:
+    return -(-width // 128) * 128

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The TPU kernels, forward and backward together, interpreted on a CPU and held against float64."""
+
+from functools import cache, partial
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+
+from grug_kernels.attention import AttentionMask, BlockSizes, api, attention_with_lse, pallas_tpu
+from grug_kernels.attention.tpu_forward_plan import forward_plan
+from grug_kernels.dispatch import UnsupportedError
+from tests.kernels.test_attention import Case, assert_as_good_as_plain, random_mask
+
+RACES = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+BLOCKS = (8, 8)
+CASES = [
+    Case(2, 21, 21, 4, 2, 8, 8, BLOCKS),  # three tiles, the last of 5
+    Case(2, 7, 19, 3, 1, 8, 5, BLOCKS, sinks=True),  # MQA, the last of more keys, v_head_dim of its own
+    Case(2, 9, 9, 6, 3, 8, 8, BLOCKS, causal=False, logit_soft_cap=2.0, sinks=True),
+    Case(2, 96, 96, 4, 2, 32, 32, (32, 32), sinks=True, dtype="bfloat16"),
+]
+
+
+@cache
+def compiled(case: Case, interpret=True):
+    """As `test_attention.compiled`, of the TPU kernels."""
+
+    def forward(q, k, v, sinks, mask):
+        return attention_with_lse(
+            q,
+            k,
+            v,
+            mask,
+            sinks=sinks,
+            logit_soft_cap=case.logit_soft_cap,
+            implementation="pallas_tpu",
+            block_sizes=BlockSizes(*case.blocks),
+        )
+
+    def run(q, k, v, sinks, dout, dlse, mask):
+        interpreted = {"pallas_tpu": partial(pallas_tpu.attention, interpret=interpret)}
+        with mock.patch.dict(api.IMPLEMENTATIONS, interpreted):
+            results, pull_back = jax.vjp(lambda *arrays: forward(*arrays, mask), q, k, v, sinks)
+            return *results, *pull_back((dout, dlse))
+
+    return jax.jit(run)
+
+
+@settings(deadline=None, max_examples=10)
+@given(case=st.sampled_from(CASES), scale=st.sampled_from([1.0, 30.0]), seed=st.integers(0, 10**6))
+def test_results_and_gradients(case, scale, seed):
+    """Random cotangents for out and for lse; at scale 30 the softmax is peaked, and needs a maximum."""
+    inputs, mask = case.inputs(seed, scale), random_mask(case, np.random.default_rng(seed))
+    results = compiled(case)(*inputs, mask)
+    assert [x.dtype for x in results[:5]] == [case.dtype, jnp.float32] + [case.dtype] * 3
+    assert_as_good_as_plain(case, inputs, mask, results, from_lse=True)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_rows_that_see_nothing(sinks):
+    """Zeros and lse = -inf, or the sink; their cotangents, however large, reach q, k and v nowhere."""
+    q, k, v, sink, dout, dlse = CASES[1].inputs(0, 1.0)
+    sink = sink if sinks else None
+    padding = 13  # of 19 positions, of which the last 7 are queries
+    mask = AttentionMask(segment_ids=jnp.broadcast_to(jnp.where(jnp.arange(19) < padding, -1, 0), (2, 19)))
+    out, lse, dq, dk, dv, dsinks = compiled(CASES[1])(q, k, v, sink, 1e30 * dout, 1e30 * dlse, mask)
+    assert not out[:, :1].any()
+    expected = -np.inf if sink is None else np.broadcast_to(sink[:, None], (2, 3, 1))
+    np.testing.assert_array_equal(lse[:, :, :1], expected)
+    assert not dq[:, :1].any()
+    for gradient in (dk, dv):
+        assert not gradient[:, :padding].any()
+        assert np.isfinite(gradient).all()
+    assert dsinks is None or np.isfinite(dsinks).all()
+
+
+@pytest.mark.parametrize("scale", [0.1, 30.0])
+def test_memory_is_used_as_a_tpu_would(scale):
+    """With races looked for, memory that starts as NaN, and the grid in random order; both ways to take the softmax."""
+    case = CASES[0]
+    inputs, mask = case.inputs(3, scale), random_mask(case, np.random.default_rng(3))
+    results = compiled(case, RACES)(*inputs, mask)
+    assert_as_good_as_plain(case, inputs, mask, results, from_lse=True)
+
+
+def test_named_where_there_is_no_tpu_it_says_so():
+    q, k, v, *_ = CASES[0].inputs(0, 1.0)
+    with pytest.raises(UnsupportedError, match="'pallas_tpu' is for TPUs, and there is none here"):
+        attention_with_lse(q, k, v, AttentionMask(), implementation="pallas_tpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sm_scale": -1.0}, "a positive sm_scale, not -1.0"),
+        ({"dtype": jnp.float16}, "bfloat16 and float32, not float16"),
+    ],
+)
+def test_what_it_does_not_take(change, message):
+    q, k, v, *_ = CASES[0].inputs(0, 1.0)
+    q, k, v = (x.astype(change.get("dtype", x.dtype)) for x in (q, k, v))
+    intervals = AttentionMask().intervals(q.shape[0], q.shape[1], k.shape[1])
+    options = {"sm_scale": change.get("sm_scale", 1.0), "logit_soft_cap": None, "block_sizes": None}
+    with pytest.raises(UnsupportedError, match=message):
+        pallas_tpu.attention(q, k, v, intervals, None, interpret=True, **options)
+
+
+@pytest.mark.parametrize("lengths", [(16, 16), (8, 24)])
+@settings(deadline=None, max_examples=20)
+@given(data=st.data())
+def test_the_plan_visits_what_is_seen_and_calls_whole_what_is(lengths, data):
+    """Of every query block: no seen key outside first..last, and in whole tiles every key seen by all that see any."""
+    q_len, kv_len = lengths
+    block_q, block_kv = data.draw(st.sampled_from([(4, 4), (8, 4), (4, 8)]))
+    case = Case(1, q_len, kv_len, 1, 1, 1, 1, (block_q, block_kv))
+    mask = random_mask(case, np.random.default_rng(data.draw(st.integers(0, 10**6))))
+    intervals = mask.intervals(1, q_len, kv_len)
+    plan = np.asarray(forward_plan(intervals, kv_len, block_q, block_kv)).reshape(-1, 4)
+    key = np.arange(kv_len)
+    seen = (np.asarray(intervals.lower[0])[:, None] <= key) & (key < np.asarray(intervals.upper[0])[:, None])
+    for block, (first, whole_first, whole_end, last) in enumerate(plan):
+        assert first <= whole_first <= whole_end <= last
+        rows = seen[block * block_q : (block + 1) * block_q]
+        assert not rows[:, : first * block_kv].any()
+        assert not rows[:, last * block_kv :].any()
+        assert rows[rows.any(axis=1)][:, whole_first * block_kv : whole_end * block_kv].all()
+        visited = rows.any(axis=0).reshape(-1, block_kv).any(axis=1)
+        assert last - first == (visited.nonzero()[0][-1] - visited.nonzero()[0][0] + 1 if visited.any() else 0)
