@@ -46,7 +46,11 @@ def tell(benchmark: Any, row: Mapping[str, Any]) -> None:
 
 def every(*always: Any, long: Sequence[Any] = ()) -> list[Any]:
     """What to parametrize over: `always`, and `long` with `-m long` only."""
-    return [*always, *(pytest.param(value, marks=pytest.mark.long) for value in long)]
+    return [*always, *(_long(value) for value in long)]
+
+
+def _long(value: Any) -> Any:
+    return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.long)
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:

@@ -3,6 +3,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from bench.ahead import every, tell, told
@@ -11,6 +12,8 @@ from bench.shapes import CPU_ATTENTION, TPU_ATTENTION, TPU_CHIPS, named, names
 from bench.timing import compile_timed, run
 from bench.tpu.rows import predicted_row
 from grug_kernels.attention import AttentionMask, attention
+from grug_kernels.attention.tpu_forward_blocks import ForwardBlocks
+from grug_kernels.attention.tpu_forward_plan import forward_plan
 
 
 def inputs(shape):
@@ -47,20 +50,44 @@ def bench_attention(benchmark, shape, implementation, passes):
     )
 
 
+def ours_forward(shape):
+    """(function, args, scalar tables): in the layout of a model, transposes counted. Softmax with a maximum."""
+
+    def forward(q, k, v):
+        return attention(q, k, v, AttentionMask(causal=True), implementation="pallas_tpu")
+
+    heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+    args = [jax.ShapeDtypeStruct((shape.batch, shape.seq_len, n, shape.head_dim), jnp.bfloat16) for n in heads]
+    blocks = ForwardBlocks()
+    intervals = AttentionMask(causal=True).intervals(shape.batch, shape.seq_len, shape.seq_len)
+    plan = forward_plan(intervals, shape.seq_len, blocks.block_q, blocks.block_kv)
+    return forward, args, {("attention_forward", 0): np.asarray(plan)}, f"{blocks.block_q}×{blocks.block_kv}"
+
+
 def row(chip: str, shape: str, passes: peers.Passes, implementation: str):
     """Causal: half of the scores. The backward pass makes them again, and two matmuls for each of forward's."""
     sizes = named(TPU_ATTENTION, shape)
+    flops = sizes.forward_flops / 2 * (1 if passes == "forward" else 2.5)
     facts = {"op": "attention", "passes": passes, "implementation": implementation, "shape": shape}
+    if implementation == "pallas_tpu":
+        function, args, smem, blocks = ours_forward(sizes)
+        return predicted_row(function, args, chip, facts | {"block_sizes": blocks}, flops=flops, smem=smem)
     blocks = peers.block_sizes_of(implementation, sizes, passes, chip)
     facts |= {"block_sizes": "{query}×{key}, {compute} at a time".format(**blocks)}
     function, args = peers.attention_case(implementation, sizes, passes, chip)
-    flops = sizes.forward_flops / 2 * (1 if passes == "forward" else 2.5)
     return predicted_row(function, args, chip, facts, flops=flops)
 
 
 @pytest.mark.benchmark(timer=told)
-@pytest.mark.parametrize("passes", every("forward", long=["backward"]))
-@pytest.mark.parametrize("implementation", every("jax_splash", "tokamax_splash", long=["levanter_grug"]))
+@pytest.mark.parametrize(
+    ("implementation", "passes"),
+    every(
+        ("pallas_tpu", "forward"),
+        ("jax_splash", "forward"),
+        ("tokamax_splash", "forward"),
+        long=[(peer, "backward") for peer in ("jax_splash", "tokamax_splash")] + [("levanter_grug", "forward")],
+    ),
+)
 @pytest.mark.parametrize("shape", every(*names(TPU_ATTENTION[:1]), long=names(TPU_ATTENTION[1:])))
 @pytest.mark.parametrize("chip", TPU_CHIPS)
 def bench_attention_on_tpu(benchmark, ahead, chip, shape, implementation, passes):

@@ -20,7 +20,7 @@ from grug_kernels.attention import pallas_tpu_backward, pallas_tpu_forward
 from grug_kernels.attention.block_sizes import BlockSizes
 from grug_kernels.attention.mask import Intervals
 from grug_kernels.attention.pallas_tpu_backward_kernel import Static as BackwardStatic
-from grug_kernels.attention.pallas_tpu_forward import Static as ForwardStatic
+from grug_kernels.attention.pallas_tpu_forward_kernel import Static as ForwardStatic
 from grug_kernels.attention.tpu_backward_blocks import BackwardBlocks, BackwardShape, default_backward_blocks
 from grug_kernels.attention.tpu_backward_plan import backward_plan
 from grug_kernels.attention.tpu_forward_blocks import ForwardBlocks, ForwardShape, default_forward_blocks
@@ -28,7 +28,14 @@ from grug_kernels.attention.tpu_forward_plan import forward_plan
 from grug_kernels.dispatch import UnsupportedError
 from grug_kernels.sharding import vary_alike
 
-_CHIPS = {"v4": "v4", "v5e": "v5e", "v5p": "v5p", "v6e": "v6e", "7x": "tpu7x"}  # as Pallas calls them, and `chips`
+# As Pallas calls them, and as `chips` does.
+_CHIPS: dict[Any, str] = {
+    pltpu.ChipVersion.TPU_V4: "v4",
+    pltpu.ChipVersion.TPU_V5E: "v5e",
+    pltpu.ChipVersion.TPU_V5P: "v5p",
+    pltpu.ChipVersion.TPU_V6E: "v6e",
+    pltpu.ChipVersion.TPU_7X: "tpu7x",
+}
 _SHORT = 256  # the shortest block that the backward pass can cut into two row chunks of 128 lanes
 
 
@@ -83,9 +90,9 @@ def _chip() -> str:
         raise UnsupportedError(
             "attention: 'pallas_tpu' is for TPUs, and there is none here to trace for; 'xla' runs everywhere."
         ) from error
-    if version.value not in _CHIPS:
+    if version not in _CHIPS:
         raise UnsupportedError(f"attention: 'pallas_tpu' knows {', '.join(_CHIPS.values())}, not {version}; use 'xla'.")
-    return _CHIPS[version.value]
+    return _CHIPS[version]
 
 
 def _blocks(q, k, v, chip: str, block_sizes: BlockSizes | None) -> tuple[ForwardBlocks, BackwardBlocks]:

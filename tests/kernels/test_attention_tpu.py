@@ -72,7 +72,7 @@ def test_rows_that_see_nothing(sinks):
     out, lse, dq, dk, dv, dsinks = compiled(CASES[1])(q, k, v, sink, 1e30 * dout, 1e30 * dlse, mask)
     assert not out[:, :1].any()
     expected = -np.inf if sink is None else np.broadcast_to(sink[:, None], (2, 3, 1))
-    np.testing.assert_array_equal(lse[:, :, :1], expected)
+    np.testing.assert_allclose(lse[:, :, :1], expected, rtol=2**-22)  # to base 2 and back, a rounding each
     assert not dq[:, :1].any()
     for gradient in (dk, dv):
         assert not gradient[:, :padding].any()

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel of the forward pass: one for every mask, scores transposed, softmax in base 2.
+
+A grid step takes `block_q` queries of every head of `kv_heads` groups against the keys that lie in VMEM, mostly all of
+them. It loops over tiles of `block_kv` keys: those that its plan names, and no others. In a tile the queries come in
+row chunks, `row_chunk` queries of one head each, whose scores are [keys, queries]:
+
+    scores^T  = k q^T      [block_kv, row_chunk]      queries on lanes: maximum and sum are reductions over sublanes
+    out^T    += v^T p      [v_head_dim, row_chunk]    p is what stays in the matrix unit, and fills it
+
+so that nothing but the result is ever transposed. Row chunks are a pipeline: while the matrix unit makes the scores of
+chunk n + 1, the vector unit takes the softmax of chunk n, and chunk n - 1 is multiplied with v. The compiler does not
+find this order by itself. What is handed on by way of VMEM, written out, it need not spill.
+
+A softmax weight is 2**(score - reference), the reference any number near the query's largest score. There are three
+ways to have one, chosen at run time, and all are exact:
+
+    bounded   0. |q| |k|, over the queries of the step and all the head's keys, bounds every score (Cauchy-Schwarz, or
+              the soft cap); below BOUND a weight can neither overflow nor vanish.
+    lagged    the largest score of the tiles before this one: exponentials need not wait for this tile's maximum. How
+              far a score was above its reference is watched; past BOUND the step is done again, by
+    exact     the largest score of all tiles up to this one, as the first tile always does.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from grug_kernels.attention.tpu_forward_blocks import ForwardBlocks
+
+# Stands for "no score yet". Finite: -inf - -inf is NaN, and would poison queries that see nothing.
+NO_SCORE = -0.7 * float(jnp.finfo(jnp.float32).max)
+LOG2_E = math.log2(math.e)
+# In base 2. Sums of 2**20 weights of 2**60, times values of 2**40, stay below float32's 2**127; and the least weight,
+# 2**-60, is far above its 2**-126.
+BOUND = 60.0
+
+Softmax = Literal["bounded", "lagged", "exact"]
+
+
+@dataclass(frozen=True)
+class Static:
+    """softmax: None decides at run time; a name is for measuring that one by itself."""
+
+    sm_scale: float
+    logit_soft_cap: float | None
+    blocks: ForwardBlocks
+    softmax: Softmax | None = None
+
+    @property
+    def log2_scale(self) -> float:
+        """Scores as the kernel keeps them, q k or tanh(...), times this are the logarithms of the weights in base 2."""
+        return LOG2_E * (self.sm_scale if self.logit_soft_cap is None else self.logit_soft_cap)
+
+
+class _Refs(NamedTuple):
+    """Of one grid step, those with a leading axis `chunks` for the row chunks of `_row_chunks`, all float32.
+
+    q [kv_heads, group, block_q, head_dim]; k, v [kv_heads, keys, head_dim | v_head_dim]; lower, upper [1, block_q]
+    reference, largest, total [chunks, 1, row_chunk]: of the weights so far, of all scores so far, sum of the weights
+    weighted [chunks, v_head_dim, row_chunk]: the values, weighted and summed
+    excess [chunks, 1, row_chunk]: how far a score was above its reference
+    weights, scores [2, block_kv, row_chunk]: between the stages, chunks taking turns; weights in the type of v
+    saved: reference, total and weighted at the beginning of the step
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    lower: Any
+    upper: Any
+    reference: Any
+    largest: Any
+    total: Any
+    weighted: Any
+    excess: Any
+    weights: Any
+    scores: Any
+    saved: tuple[Any, Any, Any]
+
+
+class _Tiles(NamedTuple):
+    """Key tiles first <= n < last of a step, those from whole_first to whole_end whole. begin: the tile of k[0]."""
+
+    first: Any
+    whole_first: Any
+    whole_end: Any
+    last: Any
+    begin: Any
+
+
+def kernel(plan_ref, k_norm_ref, sinks_ref, q_ref, k_ref, v_ref, lower_ref, upper_ref, out_ref, lse_ref, error_ref,
+            *scratch, static: Static):  # fmt: skip
+    """Grid (batch, kv_head, query_block, key_chunk); what is in scratch carries across key chunks."""
+    row, head, query_block, key_chunk = (pl.program_id(axis) for axis in range(4))
+    refs = _Refs(q_ref, k_ref, v_ref, lower_ref, upper_ref, *scratch[:7], saved=scratch[7:])
+    is_bounded = _is_bounded(static, q_ref, k_norm_ref, row * pl.num_programs(1) + head)
+
+    @pl.when(key_chunk == 0)
+    def start():
+        refs.reference[...] = jnp.full_like(refs.reference, jnp.where(is_bounded, 0.0, NO_SCORE))
+        refs.total[...] = jnp.zeros_like(refs.total)
+        refs.weighted[...] = jnp.zeros_like(refs.weighted)
+
+    per_chunk = k_ref.shape[1] // static.blocks.block_kv
+    begin = key_chunk * per_chunk
+    at = 4 * (row * pl.num_programs(2) + query_block)
+    tiles = _Tiles(*(jnp.clip(plan_ref[at + i], begin, begin + per_chunk) for i in range(4)), begin=begin)
+
+    @pl.when(is_bounded)
+    def bounded():
+        _masked_tiles(static, refs, tiles, "bounded")
+        _whole_tiles(static, refs, tiles, tiles.whole_first, tiles.whole_end, "bounded")
+
+    @pl.when(jnp.logical_not(is_bounded))
+    def unbounded():
+        _with_a_maximum(static, refs, tiles)
+
+    @pl.when(key_chunk == pl.num_programs(3) - 1)
+    def finish():
+        _finish(static, refs, sinks_ref, head, out_ref, lse_ref, error_ref)
+
+
+def _is_bounded(static: Static, q_ref, k_norm_ref, step_heads):
+    """Whether no score of this step can pass BOUND."""
+    if static.softmax is not None:
+        return jnp.bool_(static.softmax == "bounded")
+    if static.logit_soft_cap is not None and static.log2_scale < BOUND:
+        return jnp.bool_(True)
+    q = q_ref[...].astype(jnp.float32)
+    q_norm = jnp.max(jnp.sum(q * q, axis=-1, keepdims=True))
+    scale = static.sm_scale * LOG2_E
+    return q_norm * k_norm_ref[step_heads] * (scale * scale) < BOUND * BOUND
+
+
+def _with_a_maximum(static: Static, refs: _Refs, tiles: _Tiles) -> None:
+    """The lagged softmax, and where a score came too far above its reference, the exact one from the start."""
+    refs.excess[...] = jnp.zeros_like(refs.excess)
+    now = (refs.reference, refs.total, refs.weighted)
+    for saved, ref in zip(refs.saved, now, strict=True):
+        saved[...] = ref[...]
+
+    def attempt(number, _):
+        for saved, ref in zip(refs.saved, now, strict=True):
+            ref[...] = saved[...]
+        refs.largest[...] = refs.reference[...]
+        has_masked = (tiles.first < tiles.whole_first) | (tiles.whole_end < tiles.last)
+        # Something has to be the first reference.
+        lagged_first = jnp.where(has_masked, tiles.whole_first, tiles.whole_first + 1)
+        is_exact = (number == 1) if static.softmax is None else static.softmax == "exact"
+        lagged_first = jnp.where(is_exact, tiles.whole_end, jnp.minimum(lagged_first, tiles.whole_end))
+        _masked_tiles(static, refs, tiles, "exact")
+        _whole_tiles(static, refs, tiles, tiles.whole_first, lagged_first, "exact")
+        _whole_tiles(static, refs, tiles, lagged_first, tiles.whole_end, "lagged")
+
+    attempt(0, None)
+    if static.softmax is None:
+        too_far = jnp.max(refs.excess[...]) * static.log2_scale > BOUND
+        lax.fori_loop(1, jnp.where(too_far, 2, 1), attempt, None)
+
+
+def _masked_tiles(static: Static, refs: _Refs, tiles: _Tiles, softmax: Softmax) -> None:
+    """Those before the whole ones and those after, in one loop."""
+    before = tiles.whole_first - tiles.first
+
+    def body(i, _):
+        tile = jnp.where(i < before, tiles.first + i, tiles.whole_end + i - before)
+        _tile(static, refs, tile, tiles.begin, softmax, is_masked=True)
+
+    lax.fori_loop(0, before + tiles.last - tiles.whole_end, body, None)
+
+
+def _whole_tiles(static: Static, refs: _Refs, tiles: _Tiles, first, end, softmax: Softmax) -> None:
+    lax.fori_loop(first, end, lambda tile, _: _tile(static, refs, tile, tiles.begin, softmax, is_masked=False), None)
+
+
+def _row_chunks(refs: _Refs, row_chunk: int) -> list[tuple[int, int, int]]:
+    """(key head, head of its group, first query) of each row chunk."""
+    kv_heads, group, block_q, _ = refs.q.shape
+    return [(h, g, s) for h in range(kv_heads) for g in range(group) for s in range(0, block_q, row_chunk)]
+
+
+def _tile(static: Static, refs: _Refs, tile, begin, softmax: Softmax, *, is_masked: bool) -> None:
+    """Adds a key tile to every row chunk, three stages of a pipeline at a time."""
+    block_kv = static.blocks.block_kv
+    keys = pl.ds(pl.multiple_of((tile - begin) * block_kv, block_kv), block_kv)
+    chunks = _row_chunks(refs, static.blocks.row_chunk)
+    values = [refs.v[h, keys, :].T for h in range(refs.v.shape[0])]
+
+    def scores(n):
+        h, g, s = chunks[n]
+        queries = pl.ds(s, static.blocks.row_chunk)
+        z = _matmul(refs.k[h, keys, :], refs.q[h, g, queries, :], contract=(1, 1))
+        if static.logit_soft_cap is not None:
+            z = jnp.tanh(z * (static.sm_scale / static.logit_soft_cap))
+        if not is_masked:
+            return z
+        lower, upper = refs.lower[:, queries], refs.upper[:, queries]
+        position = tile * block_kv + lax.broadcasted_iota(jnp.int32, z.shape, 0)
+        # One comparison for two: below lower, the difference wraps around to more than any length.
+        is_seen = (position - lower).astype(jnp.uint32) < (upper - lower).astype(jnp.uint32)
+        return jnp.where(is_seen, z, NO_SCORE)
+
+    def add(n, rescale):
+        added = _matmul(values[chunks[n][0]], refs.weights[n % 2], contract=(1, 0))
+        refs.weighted[n] = (refs.weighted[n] if rescale is None else rescale * refs.weighted[n]) + added
+
+    waiting, rescale = _stored(refs, 0, scores(0), softmax), None
+    for n in range(len(chunks)):
+        following = _stored(refs, n + 1, scores(n + 1), softmax) if n + 1 < len(chunks) else None
+        weights, next_rescale = _softmax(static, refs, n, waiting, softmax)
+        refs.weights[n % 2] = weights.astype(refs.v.dtype)
+        if n:
+            add(n - 1, rescale)
+        waiting, rescale = following, next_rescale
+    add(len(chunks) - 1, rescale)
+
+
+def _stored(refs: _Refs, n: int, z, softmax: Softmax):
+    """(z, None); or where exponentials have to wait for the maximum, (None, that maximum) and z in refs.scores."""
+    if softmax != "exact":
+        return z, None
+    refs.scores[n % 2] = z
+    return None, jnp.max(z, axis=0, keepdims=True)
+
+
+def _softmax(static: Static, refs: _Refs, n: int, stored, softmax: Softmax):
+    """Weights of the scores of row chunk n, and what brings to their reference what was weighted before them.
+
+    stored: see `_stored`.
+    """
+    z, largest = stored
+    if softmax == "bounded":
+        weights = jnp.exp2(z * static.log2_scale)
+        refs.total[n] += jnp.sum(weights, axis=0, keepdims=True)
+        return weights, None
+    before = refs.largest[n]
+    if softmax == "exact":
+        z, reference = refs.scores[n % 2], jnp.maximum(before, largest)
+    else:
+        largest, reference = jnp.max(z, axis=0, keepdims=True), before
+        refs.excess[n] = jnp.maximum(refs.excess[n], largest - reference)
+    weights = jnp.exp2((z - reference) * static.log2_scale)
+    rescale = jnp.exp2((refs.reference[n] - reference) * static.log2_scale)
+    refs.reference[n], refs.largest[n] = reference, jnp.maximum(before, largest)
+    refs.total[n] = rescale * refs.total[n] + jnp.sum(weights, axis=0, keepdims=True)
+    return weights, rescale
+
+
+def _matmul(a, b, *, contract: tuple[int, int]):
+    return lax.dot_general(
+        a,
+        b,
+        (((contract[0],), (contract[1],)), ((), ())),
+        precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _finish(static: Static, refs: _Refs, sinks_ref, head, out_ref, lse_ref, error_ref) -> None:
+    """out = weighted / total, and lse. A sink is one more weight. Who sees nothing gets 0, and lse -inf or the sink."""
+    kv_heads, group, *_ = refs.q.shape
+    for n, (h, g, s) in enumerate(_row_chunks(refs, static.blocks.row_chunk)):
+        queries = pl.ds(s, static.blocks.row_chunk)
+        sees = refs.lower[:, queries] < refs.upper[:, queries]
+        reference = jnp.where(sees, refs.reference[n] * static.log2_scale, NO_SCORE)
+        total, scale = jnp.where(sees, refs.total[n], 0.0), jnp.ones_like(reference)
+        if sinks_ref is not None:
+            sink = sinks_ref[(head * kv_heads + h) * group + g] * LOG2_E
+            with_sink = jnp.maximum(reference, sink)
+            scale = jnp.exp2(reference - with_sink)
+            total, reference = scale * total + jnp.exp2(sink - with_sink), with_sink
+        is_empty = total == 0.0
+        total = jnp.where(is_empty, 1.0, total)
+        out = jnp.where(sees, refs.weighted[n] * (scale / total), 0.0)
+        out = out.T
+        out_ref[h, g, queries, :] = out.astype(out_ref.dtype)
+        if error_ref is not None:
+            error = out - out.astype(out_ref.dtype).astype(jnp.float32)
+            error_ref[h, g, queries, :] = error.astype(error_ref.dtype)
+        lse_ref[h, g, :, queries] = jnp.where(is_empty, -jnp.inf, (reference + jnp.log2(total)) / LOG2_E)
