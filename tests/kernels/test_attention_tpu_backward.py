@@ -38,7 +38,7 @@ CASES = {
     "chunks": (Case(2, 48, 80, 6, 1, 8, 24, (0, 0), dtype="bfloat16"), replace(TINY, key_chunk=32)),
     "natural": (
         Case(1, 32, 64, 4, 4, 24, 8, (0, 0), logit_soft_cap=2.0, sinks=True),
-        replace(TINY, kv_heads=2, key_chunk=32, transposed_keys=False),
+        replace(TINY, row_chunk=4, kv_heads=2, key_chunk=32, transposed_keys=False),
     ),
     "small": (Case(1, 32, 32, 4, 2, 8, 8, (0, 0), dtype="bfloat16"), replace(TINY, key_chunk=32)),
     "small chunks": (Case(1, 32, 32, 4, 2, 8, 8, (0, 0), dtype="bfloat16"), replace(TINY, key_chunk=16, group_heads=1)),
@@ -150,6 +150,18 @@ def test_gradients(name, scale, seed):
     results, exact = run_kernel(name, inputs, mask)
     assert [x.dtype for x in results] == [case.dtype] * 3 + [jnp.float32]
     assert_good(name, inputs, mask, results, exact)
+
+
+@pytest.mark.parametrize("window", [3, 15, 20, 29])
+@pytest.mark.parametrize("name", ["grouped", "natural"])
+def test_windows(name, window):
+    """Between them tiles of every shape: cut in half at either end, masked and not to be cut, whole."""
+    case, _ = CASES[name]
+    nothing = AttentionMask(
+        segment_ids=jnp.zeros((case.batch, case.kv_len), jnp.int32), prefix_len=jnp.zeros(case.batch, jnp.int32)
+    )
+    inputs, mask = case.inputs(window, 1.0), replace(nothing, sliding_window=jnp.asarray(window, jnp.int32))
+    assert_good(name, inputs, mask, *run_kernel(name, inputs, mask))
 
 
 @pytest.mark.parametrize("name", ["small", "small chunks"])
