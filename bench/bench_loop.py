@@ -18,7 +18,7 @@ from bench.laptop import laptop_step
 from bench.timing import compile_timed
 from train.summary import read_history
 
-STEPS, LOG_EVERY, BLOCKS = 30, 10, 3
+STEPS, LOG_EVERY, BLOCKS = 30, 10, 2
 
 
 def bare_seconds(compiled, state, batch) -> tuple[float, object]:
@@ -50,7 +50,7 @@ def loop_seconds(variant: str, folder) -> list[float]:
 
 @functools.cache
 def rows() -> dict[str, dict[str, Any]]:
-    """Three runs of the loop, each beside as many bare windows: overhead is the ratio of the medians."""
+    """Two runs of the loop, each beside as many bare windows: overhead is the ratio of the medians."""
     variant, bare, loop = "array_stacked", [], []
     with laptop_step(variant) as (train_step, state, batch), tempfile.TemporaryDirectory() as folder:
         compiled = compile_timed(train_step, state, batch)

@@ -12,7 +12,7 @@ from bench.laptop import laptop_step, repeated
 from bench.levanter_grug import in_place_of_ours
 from bench.timing import compile_timed, interleaved
 
-ROUNDS = 15
+ROUNDS = 8
 # Each of ours beside the same model, unrolled or stacked alike, with Levanter's attention and loss in it.
 CASES = {
     "base": "base",
