@@ -20,6 +20,7 @@ _NO_WORK = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "a
 # A call is one to a SparseCore. XLA gives it conversions of layouts, which move every byte; of its other calls
 # (gathers, scatters) it is not known what they move. What is called stands at call-start, its operands at call-update.
 _FORMATTING = "OFFLOAD_DATA_FORMATTING"
+_CONTROL = {"while", "call", "conditional"}
 _STARTS = {"copy-start", "slice-start", "async-start", "call-update"}
 _DONES = {"copy-done", "slice-done", "async-done", "call-done"}
 
@@ -136,7 +137,8 @@ class Reader:
         for instruction in self._module.computations[computation]:
             scope = self._scope(instruction, around)
             sent = collectives.within(self._module, computation, instruction)
-            if inside := self._inside(instruction, times, scope):
+            # Programs of collectives are not executed: they wait for what another chip sends.
+            if (not sent or instruction.opcode in _CONTROL) and (inside := self._inside(instruction, times, scope)):
                 clock, idle = clock + inside[0], idle + inside[1]
                 copies.run_beside(inside[1])
             elif instruction.opcode in _DONES and not sent and instruction.operands[0] not in started:

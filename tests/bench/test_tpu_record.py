@@ -238,7 +238,8 @@ def schedule_of_four() -> tuple[Record, Schedule]:
 def test_a_sharded_program_is_compiled_once_for_record_and_prediction(schedule_of_four, step_of_four):
     record, read = schedule_of_four
     assert record.hbm.peak_bytes == step_of_four.hbm.peak_bytes
-    assert record.collectives.kinds == step_of_four.collectives.kinds
+    # What a test has asked for in vain is there too, counted 0.
+    assert {**record.collectives.kinds} == {name: k for name, k in step_of_four.collectives.kinds.items() if k.count}
     for name, kind in record.collectives.kinds.items():
         transfers = [transfer for transfer in read.transfers if transfer.kind == name]
         assert sum(transfer.calls for transfer in transfers) == kind.count

@@ -146,7 +146,7 @@ def test_the_table_and_the_json_tell_the_parts_apart(read):
         "Pallas": pytest.approx(KERNEL_MS),
         "XLA": 0,
         "exposed collectives": pytest.approx(GATHER_MS),
-        "copies beside": 0,
+        "waiting for copies": 0,
     }
     assert sum(json["scopes"].values()) == pytest.approx(json["predicted_ms"])
 

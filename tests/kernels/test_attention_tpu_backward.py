@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # has what detect_races found
 from jax.experimental.pallas import tpu as pltpu
 
-from bench.tpu import dump, hlo, units
-from bench.tpu.core import CORES
-from bench.tpu.topology import LIBTPU_IS_MISSING, has_libtpu
+from bench.tpu import units
+from bench.tpu.record import compiling
+from bench.tpu.topology import LIBTPU_IS_MISSING, has_libtpu, tpu_topology
 from grug_kernels.attention.mask import AttentionMask, Intervals
 from grug_kernels.attention.pallas_tpu_backward import attention_backward
 from grug_kernels.attention.pallas_tpu_backward_kernel import Static
@@ -293,13 +293,13 @@ def test_vmem_is_what_the_compiler_says():
         static = Static(0.1, None, blocks)
         return attention_backward(q, k, v, out, lse, dout, dlse, intervals, plan, static, out_error=out_error)[:3]
 
-    module = dump.lower(backward, (q, k, v, out, lse, out, lse, out, bounds, bounds), CORES["v6e"])
-    with dump.compile_and_dump(module, CORES["v6e"]) as compiled_for_tpu:
-        calls = [
-            call.instruction.name for call in hlo.parse(compiled_for_tpu.hlo).calls() if call.instruction.is_pallas
-        ]
-        (files,) = (compiled_for_tpu.kernel(name) for name in calls)
-    assert files is not None
+    args = (q, k, v, out, lse, out, lse, out, bounds, bounds)
+    with compiling(backward, *args, topology=tpu_topology("v6e"), schedules=True) as (_, program):
+        assert program is not None
+        (name,) = [i.name for block in program.module.computations.values() for i in block if i.is_pallas]
+        found = program.compiled.kernel(name)
+    assert found is not None
+    _, files = found
     assert vmem_bytes(shape, blocks) == pytest.approx(units.vmem_bytes(files.allocations), rel=0.08)
 
 
