@@ -2,8 +2,8 @@
 """The training step of a small model at several depths, unrolled and stacked, compiled for two chips.
 
 Sizes: compile time goes first with the number of operations. Twelve unrolled layers of hidden_dim 128 take libtpu 25
-CPU seconds, of 256 30, of 512 at seq_len 1024 and a vocabulary of 32768 72. At 256 all eight compiles take 400 (48
-unrolled layers for v5p: 140). Two run at a time: some four minutes on two idle cores, reckoned and not measured.
+CPU seconds, of 256 30, of 512 at seq_len 1024 and a vocabulary of 32768 72. 48 unrolled layers for v5p: 98 at 128, on
+one core nearly all of the time, 140 at 256.
 The 130M template itself is for `python -m bench.tpu.step`.
 Memory: 3.3 GB of this machine for each chip while 48 unrolled layers compile.
 """
@@ -19,10 +19,10 @@ CHIPS = ("v5p", "v6e")
 
 MODEL = {
     "vocab_size": 4096,
-    "hidden_dim": 256,
-    "intermediate_dim": 896,
-    "num_heads": 4,
-    "num_kv_heads": 4,
+    "hidden_dim": 128,
+    "intermediate_dim": 448,
+    "num_heads": 2,
+    "num_kv_heads": 2,
     "max_seq_len": 256,
 }
 TRAINER = {"batch_size": 4, "seq_len": 256, "ema_beta": 0.999}
