@@ -14,6 +14,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # has what d
 from jax.experimental.pallas import tpu as pltpu
 
 from bench.tpu import units
+from bench.tpu.core import CORES
 from bench.tpu.record import compiling
 from bench.tpu.topology import LIBTPU_IS_MISSING, has_libtpu, tpu_topology
 from grug_kernels.attention.mask import AttentionMask, Intervals
