@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from bench.tpu.topology import LIBTPU_IS_MISSING, has_libtpu
+from bench.tpu.topology import LIBTPU_IS_MISSING, has_libtpu, stay_on_cpu
 
 WORKERS = 2
 
@@ -83,7 +83,7 @@ class Rows:
 
 @pytest.fixture(scope="session")
 def rows(request: Any) -> Iterator[Rows]:
-    with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn"), initializer=_on_cpu) as pool:
+    with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn"), initializer=stay_on_cpu) as pool:
         yield Rows(request.session.items, pool)
         pool.shutdown(cancel_futures=True)
 
@@ -102,10 +102,3 @@ def ahead(request: Any) -> Callable[[], dict[str, Any]]:
             pytest.skip(str(missing))
 
     return row
-
-
-def _on_cpu() -> None:
-    """This machine's accelerator, if it has one, is for what is timed."""
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")

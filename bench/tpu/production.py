@@ -21,7 +21,7 @@ from jax import ShapeDtypeStruct
 
 from bench.shapes import TPU_ATTENTION, TPU_LOSS, AttentionShape, LossShape
 from bench.tpu.record import compile_record
-from bench.tpu.topology import tpu_topology
+from bench.tpu.topology import stay_on_cpu, tpu_topology
 from grug_kernels import chips
 from grug_kernels.attention import AttentionMask, attention
 from grug_kernels.cross_entropy import linear_cross_entropy, token_losses
@@ -107,10 +107,6 @@ def compiled(name: str) -> Outcome:
     return Outcome(name, sum(record.seconds.values()), temporaries, record.refusal and record.refusal.sentence)
 
 
-def _on_cpu() -> None:
-    jax.config.update("jax_platforms", "cpu")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.tpu.production", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("words", nargs="*", help="only cases whose name has all of them")
@@ -119,7 +115,7 @@ def main() -> None:
     if not chosen:
         parser.error(f"no case has {' and '.join(map(repr, words))}; there are, for one, {next(names())!r}.")
     failures = 0
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=_on_cpu) as pool:
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=stay_on_cpu) as pool:
         for future in as_completed([pool.submit(compiled, name) for name in chosen]):
             outcome = future.result()
             print(outcome, flush=True)

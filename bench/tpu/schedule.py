@@ -27,14 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from bench.tpu import dump, hlo, picture, scalar
 from bench.tpu.core import CORES, core_of
 from bench.tpu.hbm import Hbm
 from bench.tpu.record import Program, Record, compiling
 from bench.tpu.timeline import Kernel, Reader, ScalarOperands, Transfer
-from bench.tpu.topology import tpu_topology
+from bench.tpu.topology import stay_on_cpu, tpu_topology
 
 logger = logging.getLogger(__name__)
 
@@ -289,8 +287,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write everything there")
     parser.add_argument("--picture", type=Path, help="write an HTML page that shows where the cycles go")
     options = parser.parse_args()
-    # The function is only lowered here: jax should not look for a TPU, nor wait for one.
-    jax.config.update("jax_platforms", "cpu")
+    stay_on_cpu()
     logger.setLevel(logging.ERROR)  # the table has the notes
     schedules = {}
     try:

@@ -103,6 +103,11 @@ class Topology:
             yield
 
 
+def stay_on_cpu() -> None:
+    """Functions are only lowered here: jax should not look for an accelerator, nor wait for one."""
+    jax.config.update("jax_platforms", "cpu")
+
+
 def has_libtpu() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 

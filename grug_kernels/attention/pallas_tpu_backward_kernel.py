@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The body of the backward kernel; see `pallas_tpu_backward` for what it computes and in which order."""
 
-import math
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import partial
@@ -14,8 +13,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from grug_kernels.attention.tpu_backward_blocks import BackwardBlocks
 from grug_kernels.attention.tpu_backward_plan import TILE_INTS
+from grug_kernels.attention.tpu_matmul import LOG2_E, matmul
 
-LOG2_E = math.log2(math.e)
 # As the log-sum-exp of a query that sees nothing: exp2(score - this) is 0 for any finite score. Finite itself.
 NOTHING_SEEN = 1e30
 
@@ -104,12 +103,6 @@ class Carry(NamedTuple):
     is_writing: Any
 
 
-def _dot(a, b, contract: tuple[int, int]):
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
-
-
 def kernel(tiles_ref, begins_ref, *refs, static: Static, has_out_error: bool, num_chunks: int, q_blocks: int):
     """Grid (batch, kv_head, key_chunk, group_part, step). dk and dv carry across the steps and parts of a chunk."""
     refs = list(refs)
@@ -194,7 +187,7 @@ def _row_sums(x, dtype):
     if dtype != jnp.float32:
         high = x.astype(dtype)
         x = jnp.concatenate([high, (x - high.astype(jnp.float32)).astype(dtype)], axis=1)
-    return _dot(jnp.ones((8, x.shape[1]), x.dtype), x, (1, 1))[:1]
+    return matmul(jnp.ones((8, x.shape[1]), x.dtype), x, (1, 1))[:1]
 
 
 def _visit_tiles(static: Static, inputs: _Inputs, scratch: Scratch, tiles: _Tiles) -> None:
@@ -271,8 +264,8 @@ def _weights(static: Static, inputs: _Inputs, scratch: Scratch, begin, tile, chu
     """p and ds / sm_scale [num_keys, row_chunk], float32."""
     h, g, rows = chunk.kv_head, chunk.head, pl.ds(chunk.first_query, static.blocks.row_chunk)
     keys, head = _keys(static, tile, chunk), pl.ds(g, 1)
-    z = _dot(inputs.k[h, keys, :], scratch.q_t[h, g, :, rows], (1, 0))
-    dp = _dot(inputs.v[h, keys, :], scratch.dout_t[h, g, :, rows], (1, 0))
+    z = matmul(inputs.k[h, keys, :], scratch.q_t[h, g, :, rows], (1, 0))
+    dp = matmul(inputs.v[h, keys, :], scratch.dout_t[h, g, :, rows], (1, 0))
     if static.logit_soft_cap is None:
         score = z * (static.sm_scale * LOG2_E)
     else:
@@ -299,12 +292,12 @@ def _add(static: Static, inputs: _Inputs, scratch: Scratch, tile, slot: int, chu
     keys = pl.ds(chunk.first_key, chunk.num_keys)
     p, ds = scratch.p[slot][keys, :], scratch.ds[slot][keys, :]
     if static.blocks.transposed_keys:
-        scratch.dv[h, tile, :, keys] += _dot(scratch.dout_t[h, g, :, rows], p, (1, 1))
-        scratch.dk[h, tile, :, keys] += _dot(scratch.q_t[h, g, :, rows], ds, (1, 1))
+        scratch.dv[h, tile, :, keys] += matmul(scratch.dout_t[h, g, :, rows], p, (1, 1))
+        scratch.dk[h, tile, :, keys] += matmul(scratch.q_t[h, g, :, rows], ds, (1, 1))
     else:
-        scratch.dv[h, tile, keys, :] += _dot(p, inputs.dout[h, g, rows, :], (1, 0))
-        scratch.dk[h, tile, keys, :] += _dot(ds, inputs.q[h, g, rows, :], (1, 0))
-    scratch.dq[h, g, :, rows] += _dot(inputs.k[h, _keys(static, tile, chunk), :], ds, (0, 0))
+        scratch.dv[h, tile, keys, :] += matmul(p, inputs.dout[h, g, rows, :], (1, 0))
+        scratch.dk[h, tile, keys, :] += matmul(ds, inputs.q[h, g, rows, :], (1, 0))
+    scratch.dq[h, g, :, rows] += matmul(inputs.k[h, _keys(static, tile, chunk), :], ds, (0, 0))
 
 
 def _write_transposed(ref, x, scale: float) -> None:

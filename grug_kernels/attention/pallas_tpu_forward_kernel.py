@@ -22,7 +22,6 @@ ways to have one, chosen at run time, and all are exact:
     exact     the largest score of all tiles up to this one, as the first tile always does.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -31,10 +30,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from grug_kernels.attention.tpu_forward_blocks import ForwardBlocks
+from grug_kernels.attention.tpu_matmul import LOG2_E, matmul
 
 # Stands for "no score yet". Finite: -inf - -inf is NaN, and would poison queries that see nothing.
 NO_SCORE = -0.7 * float(jnp.finfo(jnp.float32).max)
-LOG2_E = math.log2(math.e)
 # In base 2. Sums of 2**20 weights of 2**60, times values of 2**40, stay below float32's 2**127; and the least weight,
 # 2**-60, is far above its 2**-126.
 BOUND = 60.0
@@ -194,7 +193,7 @@ def _tile(static: Static, refs: _Refs, tile, begin, softmax: Softmax, *, is_mask
     def scores(n):
         h, g, s = chunks[n]
         queries = pl.ds(s, static.blocks.row_chunk)
-        z = _matmul(refs.k[h, keys, :], refs.q[h, g, queries, :], contract=(1, 1))
+        z = matmul(refs.k[h, keys, :], refs.q[h, g, queries, :], contract=(1, 1))
         if static.logit_soft_cap is not None:
             z = jnp.tanh(z * (static.sm_scale / static.logit_soft_cap))
         if not is_masked:
@@ -206,7 +205,7 @@ def _tile(static: Static, refs: _Refs, tile, begin, softmax: Softmax, *, is_mask
         return jnp.where(is_seen, z, NO_SCORE)
 
     def add(n, rescale):
-        added = _matmul(values[chunks[n][0]], refs.weights[n % 2], contract=(1, 0))
+        added = matmul(values[chunks[n][0]], refs.weights[n % 2], contract=(1, 0))
         refs.weighted[n] = (refs.weighted[n] if rescale is None else rescale * refs.weighted[n]) + added
 
     waiting, rescale = _stored(refs, 0, scores(0), softmax), None
@@ -249,16 +248,6 @@ def _softmax(static: Static, refs: _Refs, n: int, stored, softmax: Softmax):
     refs.reference[n], refs.largest[n] = reference, jnp.maximum(before, largest)
     refs.total[n] = rescale * refs.total[n] + jnp.sum(weights, axis=0, keepdims=True)
     return weights, rescale
-
-
-def _matmul(a, b, *, contract: tuple[int, int]):
-    return lax.dot_general(
-        a,
-        b,
-        (((contract[0],), (contract[1],)), ((), ())),
-        precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
 
 
 def _finish(static: Static, refs: _Refs, sinks_ref, head, out_ref, lse_ref, error_ref) -> None:

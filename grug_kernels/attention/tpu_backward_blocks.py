@@ -4,8 +4,7 @@
 import math
 from dataclasses import dataclass, replace
 
-from grug_kernels.chips import MIB, TPUS
-from grug_kernels.dispatch import UnsupportedError
+from grug_kernels.attention.tpu_vmem import lanes, vmem_of, with_longest_chunk
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def vmem_bytes(shape: BackwardShape, blocks: BackwardBlocks) -> int:
     """Of one grid step. What the compiler adds, spilled registers, is a few KiB in bfloat16."""
     heads, block_q, block_kv = blocks.kv_heads, blocks.block_q, blocks.block_kv
     group, chunk = blocks.heads_of(shape.group), blocks.chunk(shape.kv_len)
-    width, v_width = (_lanes(x) for x in (shape.head_dim, shape.v_head_dim))
+    width, v_width = (lanes(x) for x in (shape.head_dim, shape.v_head_dim))
     queries, keys, item = heads * group * block_q, heads * chunk, shape.itemsize
     statistic = heads * _sublanes(group) * block_q * 4
     has_one_chunk = blocks.chunks(shape.kv_len) == 1
@@ -89,7 +88,7 @@ def vmem_bytes(shape: BackwardShape, blocks: BackwardBlocks) -> int:
         2 * statistic,  # lse in base 2, shift
         heads * group * shape.head_dim * block_q * 4,  # dq
         keys * (shape.head_dim + shape.v_head_dim if blocks.transposed_keys else width + v_width) * 4,  # dk, dv
-        4 * block_kv * _lanes(blocks.row_chunk) * item,  # p and ds, twice
+        4 * block_kv * lanes(blocks.row_chunk) * item,  # p and ds, twice
         0 if has_one_chunk else 2 * queries * width * 4,  # dq from and to HBM
     ]
     return sum(terms)
@@ -107,31 +106,14 @@ def default_backward_blocks(shape: BackwardShape, chip: str) -> BackwardBlocks:
     Raises:
       UnsupportedError: one tile does not fit into the chip's VMEM.
     """
-    vmem = next(tpu.vmem_bytes for tpu in TPUS if tpu.name == chip)
-    assert vmem is not None
     blocks = BackwardBlocks(
         kv_heads=math.gcd(shape.num_kv_heads, 2) if shape.group == 1 else 1,
         transposed_keys=_MATRIX_WIDTH.get(chip, 128) > shape.head_dim,
-        vmem_limit=int(_USABLE * vmem),
+        vmem_limit=int(_USABLE * vmem_of(chip)),
     )
     if shape.itemsize > 2:  # Six products for one, each of parts of its operands: less is in flight at a time.
         blocks = replace(blocks, block_q=256, block_kv=256, row_chunk=128, key_chunk=256)
-    # As long a chunk as fits, all of them equal: 9 tiles as 5 + 4 rather than 8 + 1.
-    tiles = -(-shape.kv_len // blocks.block_kv)
-    for chunks in range(1, tiles + 1):
-        cut = replace(blocks, key_chunk=-(-tiles // chunks) * blocks.block_kv)
-        if vmem_bytes(shape, cut) <= _FOR_BUFFERS * vmem:
-            return cut
-    smallest = vmem_bytes(shape, replace(blocks, key_chunk=blocks.block_kv))
-    raise UnsupportedError(
-        f"attention backward: one tile with head_dim={shape.head_dim}, v_head_dim={shape.v_head_dim} takes"
-        f" {smallest / MIB:.0f} MiB of VMEM, and {chip} has {_FOR_BUFFERS * vmem / MIB:.0f} MiB for it."
-        " Use implementation='xla'."
-    )
-
-
-def _lanes(width: int) -> int:
-    return -(-width // 128) * 128
+    return with_longest_chunk("backward", blocks, shape, chip, _FOR_BUFFERS, vmem_bytes)
 
 
 def _sublanes(rows: int) -> int:

@@ -3,8 +3,7 @@
 
 from dataclasses import dataclass, replace
 
-from grug_kernels.chips import MIB, TPUS
-from grug_kernels.dispatch import UnsupportedError
+from grug_kernels.attention.tpu_vmem import lanes, vmem_of, with_longest_chunk
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def vmem_bytes(shape: ForwardShape, blocks: ForwardBlocks) -> int:
     """Of one grid step, without the registers that the compiler spills."""
     rows = blocks.kv_heads * blocks.heads_of(shape.group) * blocks.block_q
     keys = blocks.kv_heads * blocks.chunk(shape.kv_len)
-    width, v_width, item = _lanes(shape.head_dim), _lanes(shape.v_head_dim), shape.itemsize
+    width, v_width, item = lanes(shape.head_dim), lanes(shape.v_head_dim), shape.itemsize
     terms = [
         2 * rows * width * item,  # q; windows are doubled, one being filled as one is used
         2 * keys * (width + v_width) * item,  # k, v
@@ -93,26 +92,9 @@ def default_forward_blocks(shape: ForwardShape, chip: str) -> ForwardBlocks:
     Raises:
       UnsupportedError: one tile does not fit into the chip's VMEM.
     """
-    vmem = next(tpu.vmem_bytes for tpu in TPUS if tpu.name == chip)
-    assert vmem is not None
-    blocks = ForwardBlocks(vmem_limit=int(_USABLE * vmem))
+    blocks = ForwardBlocks(vmem_limit=int(_USABLE * vmem_of(chip)))
     if shape.itemsize > 2:  # Six products for one, each of parts of its operands: less is in flight at a time.
         blocks = replace(blocks, block_q=256, block_kv=256, row_chunk=256)
     wanted = max(1, _ROW_CHUNKS // blocks.heads_of(shape.group))
     blocks = replace(blocks, kv_heads=max(n for n in range(1, wanted + 1) if shape.num_kv_heads % n == 0))
-    # As long a chunk as fits, all of them equal: 9 tiles as 5 + 4 rather than 8 + 1.
-    tiles = -(-shape.kv_len // blocks.block_kv)
-    for chunks in range(1, tiles + 1):
-        cut = replace(blocks, key_chunk=-(-tiles // chunks) * blocks.block_kv)
-        if vmem_bytes(shape, cut) <= _FOR_BUFFERS * vmem:
-            return cut
-    smallest = vmem_bytes(shape, replace(blocks, key_chunk=blocks.block_kv))
-    raise UnsupportedError(
-        f"attention forward: one tile with head_dim={shape.head_dim}, v_head_dim={shape.v_head_dim} takes"
-        f" {smallest / MIB:.0f} MiB of VMEM, and {chip} has {_FOR_BUFFERS * vmem / MIB:.0f} MiB for it."
-        " Use implementation='xla'."
-    )
-
-
-def _lanes(width: int) -> int:
-    return -(-width // 128) * 128
+    return with_longest_chunk("forward", blocks, shape, chip, _FOR_BUFFERS, vmem_bytes)
