@@ -17,6 +17,7 @@ from grug_kernels import dispatch
 from grug_kernels.attention import reference, xla
 from grug_kernels.attention.block_sizes import BlockSizes
 from grug_kernels.attention.mask import AttentionMask, Intervals
+from grug_kernels.attention.results import Results
 from grug_kernels.sharding import Axes, sharded_axes, shards_of
 
 Implementation = Literal["pallas_tpu", "xla", "reference"]
@@ -104,6 +105,50 @@ def attention_with_lse(
     Sources: arXiv:1706.03762 (attention), arXiv:2305.13245 (grouped heads), arXiv:2408.00118 (soft cap),
     arXiv:2309.17453 (sinks).
     """
+    results = _attention(
+        q,
+        k,
+        v,
+        mask,
+        sinks=sinks,
+        logit_soft_cap=logit_soft_cap,
+        sm_scale=sm_scale,
+        implementation=implementation,
+        block_sizes=block_sizes,
+    )
+    return results.out, results.lse
+
+
+def attention_with_max_logits(
+    q: Float[Array, "batch seq_len num_heads head_dim"],
+    k: Float[Array, "batch kv_len num_kv_heads head_dim"],
+    v: Float[Array, "batch kv_len num_kv_heads v_head_dim"],
+    mask: AttentionMask,
+    **options: Any,
+) -> Results:
+    """As `attention_with_lse`, which takes the same options, and max_logits [batch, num_heads] float32: the largest z
+    of each head, -inf where no query of the row sees a key. Sinks do not count, and it has no gradient.
+
+    For clipping the weights of heads whose scores grow. Source: arXiv:2507.20534, §2.1 (QK-Clip).
+    """
+    results = _attention(q, k, v, mask, **options, with_max_logits=True)
+    assert results.max_logits is not None
+    return results._replace(max_logits=jax.lax.stop_gradient(results.max_logits))
+
+
+def _attention(
+    q,
+    k,
+    v,
+    mask: AttentionMask,
+    *,
+    sinks=None,
+    logit_soft_cap: float | None = None,
+    sm_scale: float | None = None,
+    implementation: Implementation | None = None,
+    block_sizes: BlockSizes | None = None,
+    with_max_logits: bool = False,
+) -> Results:
     _check(q, k, v, sinks)
     _check_numbers(sm_scale, logit_soft_cap)
     batch, seq_len, _, head_dim = q.shape
@@ -115,13 +160,14 @@ def attention_with_lse(
         sm_scale=1 / math.sqrt(head_dim) if sm_scale is None else float(sm_scale),
         logit_soft_cap=None if logit_soft_cap is None else float(logit_soft_cap),
         block_sizes=block_sizes,
+        with_max_logits=with_max_logits,
     )
     if AxisType.Explicit in jax.typeof(q).sharding.mesh.axis_types:
         return _run_sharded(run, q, k, v, mask, sinks)
     return run(q, k, v, mask.intervals(batch, seq_len, k.shape[1]), sinks)
 
 
-def _run_sharded(run: Callable[..., Any], q, k, v, mask: AttentionMask, sinks):
+def _run_sharded(run: Callable[..., Any], q, k, v, mask: AttentionMask, sinks) -> Results:
     """`run` on each shard of the batch and the heads: no shard needs anything of another."""
     batch_axes, head_axes = _batch_and_head_axes(q, k, v)
     if mask.segment_ids is not None:
@@ -131,10 +177,11 @@ def _run_sharded(run: Callable[..., Any], q, k, v, mask: AttentionMask, sinks):
     intervals = mask.intervals(q.shape[0], q.shape[1], k.shape[1])
     intervals = Intervals(*(jax.reshard(bound, by_batch) for bound in intervals))
     sinks = None if sinks is None else jax.reshard(sinks, by_head)
+    out_specs: list[Any] = [by_both, P(batch_axes, head_axes, None), P(batch_axes, head_axes)]
     sharded = jax.shard_map(
         run,
         in_specs=(by_both, by_both, by_both, by_batch, by_head),
-        out_specs=(by_both, P(batch_axes, head_axes, None)),
+        out_specs=Results(*out_specs),
     )
     return sharded(q, k, v, intervals, sinks)
 

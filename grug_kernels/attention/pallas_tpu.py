@@ -21,6 +21,7 @@ from grug_kernels.attention.block_sizes import BlockSizes
 from grug_kernels.attention.mask import Intervals
 from grug_kernels.attention.pallas_tpu_backward_kernel import Static as BackwardStatic
 from grug_kernels.attention.pallas_tpu_forward_kernel import Static as ForwardStatic
+from grug_kernels.attention.results import Results
 from grug_kernels.attention.tpu_backward_blocks import BackwardBlocks, BackwardShape, default_backward_blocks
 from grug_kernels.attention.tpu_backward_plan import backward_plan
 from grug_kernels.attention.tpu_forward_blocks import ForwardBlocks, ForwardShape, default_forward_blocks
@@ -45,6 +46,7 @@ class _Static:
 
     sm_scale: float
     logit_soft_cap: float | None
+    with_max_logits: bool
     forward: ForwardBlocks
     backward: BackwardBlocks
     interpret: Any
@@ -60,8 +62,9 @@ def attention(
     sm_scale: float,
     logit_soft_cap: float | None,
     block_sizes: BlockSizes | None,
+    with_max_logits: bool,
     interpret: Any = False,
-) -> tuple[Float[Array, "batch q_len num_heads v_head_dim"], Float[Array, "batch num_heads q_len"]]:
+) -> Results:
     """See `api.attention_with_lse`.
 
     Kept for the backward pass: lse, 4 bytes for each query and head, out, and what rounding it lost, which is as large
@@ -78,7 +81,7 @@ def attention(
     if sm_scale <= 0:
         raise UnsupportedError(f"attention: 'pallas_tpu' takes a positive sm_scale, not {sm_scale}; use 'xla'.")
     forward, backward = _blocks(q, k, v, chip, block_sizes)
-    static = _Static(sm_scale, logit_soft_cap, forward, backward, interpret)
+    static = _Static(sm_scale, logit_soft_cap, with_max_logits, forward, backward, interpret)
     return _attention(static, *vary_alike((q, k, v, sinks, intervals)))
 
 
@@ -119,42 +122,47 @@ def _cut(blocks, block_q: int, block_kv: int, row_chunk: int):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(static: _Static, q, k, v, sinks, intervals):
-    return _run_forward(static, q, k, v, sinks, intervals, with_error=False)[:2]
+    return _run_forward(static, q, k, v, sinks, intervals, with_error=False)[0]
 
 
 def _forward(static: _Static, q, k, v, sinks, intervals):
     # float32 results are not rounded.
-    out, lse, error = _run_forward(static, q, k, v, sinks, intervals, with_error=q.dtype != jnp.float32)
-    out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
+    results, error = _run_forward(static, q, k, v, sinks, intervals, with_error=q.dtype != jnp.float32)
+    out, lse = checkpoint_name(results.out, "attention_out"), checkpoint_name(results.lse, "attention_lse")
     if error is not None:
         error = checkpoint_name(error, "attention_out")
-    return (out, lse), (q, k, v, sinks, intervals, out, lse, error)
+    return Results(out, lse, results.max_logits), (q, k, v, sinks, intervals, out, lse, error)
 
 
 @jax.named_scope("attention_forward")
 def _run_forward(static: _Static, q, k, v, sinks, intervals, *, with_error: bool):
-    """out and its error as q is laid out, lse [batch, num_heads, q_len]."""
+    """The results, and what out lost in rounding, laid out like it."""
     blocks, q_len = static.forward, q.shape[1]
     queries, keys, values, bounds = _for_kernel(q, k, v, intervals, blocks)
-    out, lse, error = pallas_tpu_forward.attention_forward(
+    out, lse, error, max_logits = pallas_tpu_forward.attention_forward(
         queries,
         keys,
         values,
         bounds,
         sinks,
         forward_plan(bounds, keys.shape[2], blocks.block_q, blocks.block_kv),
-        ForwardStatic(static.sm_scale, static.logit_soft_cap, blocks),
+        ForwardStatic(static.sm_scale, static.logit_soft_cap, blocks, static.with_max_logits),
         with_error=with_error,
         interpret=static.interpret,
     )
-    lse = lse.reshape(q.shape[0], q.shape[2], -1)[:, :, :q_len]
-    return _from_kernel(out, q_len), lse, None if error is None else _from_kernel(error, q_len)
+    by_head = (q.shape[0], q.shape[2], -1)
+    results = Results(
+        _from_kernel(out, q_len),
+        lse.reshape(by_head)[:, :, :q_len],
+        None if max_logits is None else max_logits.reshape(by_head).max(axis=2),
+    )
+    return results, None if error is None else _from_kernel(error, q_len)
 
 
 @jax.named_scope("attention_backward")
 def _backward(static: _Static, residuals, cotangents):
     q, k, v, sinks, intervals, out, lse, error = residuals
-    dout, dlse = cotangents
+    dout, dlse, _ = cotangents
     blocks, (q_len, kv_len), num_kv_heads = static.backward, (q.shape[1], k.shape[1]), k.shape[2]
     queries, keys, values, bounds = _for_kernel(q, k, v, intervals, blocks)
 

@@ -28,6 +28,7 @@ from grug_kernels.attention.mask import Intervals
 from grug_kernels.attention.pallas_tpu_backward_kernel import Static, kernel, query_block
 from grug_kernels.attention.tpu_backward_blocks import BackwardBlocks
 from grug_kernels.attention.tpu_backward_plan import BackwardPlan
+from grug_kernels.sharding import vary_with
 
 
 def attention_backward(
@@ -97,20 +98,21 @@ def attention_backward(
         operands.append(in_parts(out_error))
         in_specs.append(out_spec)
     out_specs = [k_spec, v_spec, q_spec, stat_spec]
+    shape_of = partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(q).manual_axis_type)
     out_shapes = [
-        jax.ShapeDtypeStruct(k.shape, k.dtype),
-        jax.ShapeDtypeStruct(v.shape, v.dtype),
-        jax.ShapeDtypeStruct(in_parts(q).shape, q.dtype),
-        jax.ShapeDtypeStruct(in_parts(lse).shape, jnp.float32),
+        shape_of(k.shape, k.dtype),
+        shape_of(v.shape, v.dtype),
+        shape_of(in_parts(q).shape, q.dtype),
+        shape_of(in_parts(lse).shape, jnp.float32),
     ]
     aliases = {}
     if chunks > 1:
         # dq is read and written by the kernel's own copies. delta would be written once for each chunk.
         out_specs[2:] = [pl.BlockSpec(memory_space=pl.ANY)]
-        out_shapes[2:] = [jax.ShapeDtypeStruct(in_parts(q).shape, jnp.float32)]
+        out_shapes[2:] = [shape_of(in_parts(q).shape, jnp.float32)]
         in_specs.append(out_specs[2])
         aliases = {2 + len(operands): 2}
-        operands.append(jnp.zeros(in_parts(q).shape, jnp.float32))
+        operands.append(vary_with(q, jnp.zeros(in_parts(q).shape, jnp.float32)))
 
     dk, dv, dq, *in_kernel = pl.pallas_call(
         partial(kernel, static=static, has_out_error=out_error is not None, num_chunks=chunks, q_blocks=q_blocks),

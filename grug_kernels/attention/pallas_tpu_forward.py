@@ -10,13 +10,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from grug_kernels.attention.pallas_tpu_forward_kernel import Static, kernel
+from grug_kernels.attention.pallas_tpu_forward_kernel import Results, Static, kernel
 from grug_kernels.attention.tpu_forward_blocks import ForwardBlocks
 
 
-def attention_forward(q, k, v, intervals, sinks, plan, static: Static, *, with_error: bool, interpret: Any = False):
-    """out [batch, num_kv_heads, group, q_len, v_head_dim], lse [batch, num_kv_heads, group, q_len] float32, and
-    with_error what out lost when it was rounded to the type of q, laid out like it; else None.
+def attention_forward(
+    q, k, v, intervals, sinks, plan, static: Static, *, with_error: bool, interpret: Any = False
+) -> Results:
+    """out [batch, num_kv_heads, group, q_len, v_head_dim] in the type of q, and of each query in float32 lse and, if
+    `static` says so, its largest score, [batch, num_kv_heads, group, q_len]. with_error: what out lost when it was
+    rounded, laid out like it.
 
     q [batch, num_kv_heads, group, q_len, head_dim]; k, v [batch, num_kv_heads, kv_len, head_dim | v_head_dim]; lengths
     are whole numbers of blocks. intervals int32 [batch, q_len]; plan: of `forward_plan`; sinks [num_heads] or None.
@@ -43,16 +46,19 @@ def attention_forward(q, k, v, intervals, sinks, plan, static: Static, *, with_e
 
     bounds = pl.BlockSpec((None, 1, block_q), lambda b, h, i, *_: (b, 0, i))
     out_spec = pl.BlockSpec((None, heads, part, block_q, v_head_dim), queries)
-    lse_spec = pl.BlockSpec((None, heads, part, 1, block_q), lambda b, h, i, *_: (b, h, 0, 0, i))
+    row_spec = pl.BlockSpec((None, heads, part, 1, block_q), lambda b, h, i, *_: (b, h, 0, 0, i))
     shape_of = partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(q).manual_axis_type)
     in_parts = (batch, num_kv_heads * parts, part, q_len)
     out_type = shape_of((*in_parts, v_head_dim), q.dtype)
-    lse_type = shape_of((*in_parts[:3], 1, q_len), jnp.float32)
-    scalars = [plan, k_norm] + ([] if sinks is None else [sinks.astype(jnp.float32)])
-    out, lse, *error = pl.pallas_call(
-        partial(_with_optional_refs, static=static, has_sinks=sinks is not None, with_error=with_error),
+    row_type = shape_of((*in_parts[:3], 1, q_len), jnp.float32)
+
+    def results(by_width, by_row):
+        return Results(by_width, by_row, by_width if with_error else None, by_row if static.with_max_logits else None)
+
+    found = pl.pallas_call(
+        partial(kernel, static=static),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars),
+            num_scalar_prefetch=3,
             grid=grid,
             in_specs=[
                 pl.BlockSpec((None, heads, part, block_q, head_dim), queries),
@@ -61,27 +67,27 @@ def attention_forward(q, k, v, intervals, sinks, plan, static: Static, *, with_e
                 bounds,
                 bounds,
             ],
-            out_specs=[out_spec, lse_spec, *([out_spec] if with_error else [])],
+            out_specs=results(out_spec, row_spec),
             scratch_shapes=_scratch_shapes(blocks, part, v),
         ),
-        out_shape=[out_type, lse_type, *([out_type] if with_error else [])],
+        out_shape=results(out_type, row_type),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=blocks.vmem_limit
         ),
         cost_estimate=_cost_estimate(q, k, v),
         name="attention_forward",
         interpret=interpret,
-    )(*scalars, q.reshape(*in_parts, head_dim), k, v, *(bound[:, None] for bound in intervals))
-    out, *error = (x.reshape(*q.shape[:4], v_head_dim) for x in (out, *error))
-    return out, lse.reshape(q.shape[:4]), error[0] if error else None
-
-
-def _with_optional_refs(*refs, static: Static, has_sinks: bool, with_error: bool) -> None:
-    plan_ref, k_norm_ref, *refs = refs
-    sinks_ref, *refs = refs if has_sinks else [None, *refs]
-    inputs, (out_ref, lse_ref, *refs) = refs[:5], refs[5:]
-    error_ref, *scratch = refs if with_error else [None, *refs]
-    kernel(plan_ref, k_norm_ref, sinks_ref, *inputs, out_ref, lse_ref, error_ref, *scratch, static=static)
+    )(
+        plan,
+        k_norm,
+        None if sinks is None else sinks.astype(jnp.float32),
+        q.reshape(*in_parts, head_dim),
+        k,
+        v,
+        *(bound[:, None] for bound in intervals),
+    )
+    shapes = results((*q.shape[:4], v_head_dim), q.shape[:4])
+    return Results(*(x if x is None else x.reshape(shape) for x, shape in zip(found, shapes, strict=True)))
 
 
 def _scratch_shapes(blocks: ForwardBlocks, group_heads: int, v) -> list[Any]:

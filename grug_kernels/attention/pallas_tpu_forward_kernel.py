@@ -43,17 +43,33 @@ Softmax = Literal["bounded", "lagged", "exact"]
 
 @dataclass(frozen=True)
 class Static:
-    """softmax: None decides at run time; a name is for measuring that one by itself."""
+    """with_max_logits: keep the largest score of each query. softmax: None decides at run time; a name is for measuring
+    that one by itself."""
 
     sm_scale: float
     logit_soft_cap: float | None
     blocks: ForwardBlocks
+    with_max_logits: bool = False
     softmax: Softmax | None = None
 
     @property
+    def natural_scale(self) -> float:
+        """Scores as the kernel keeps them, q k or tanh(...), times this are the natural logarithms of the weights."""
+        return self.sm_scale if self.logit_soft_cap is None else self.logit_soft_cap
+
+    @property
     def log2_scale(self) -> float:
-        """Scores as the kernel keeps them, q k or tanh(...), times this are the logarithms of the weights in base 2."""
-        return LOG2_E * (self.sm_scale if self.logit_soft_cap is None else self.logit_soft_cap)
+        """The same to base 2."""
+        return LOG2_E * self.natural_scale
+
+
+class Results(NamedTuple):
+    """Of the kernel; error and max_logits are None where nobody asks for them."""
+
+    out: Any
+    lse: Any
+    error: Any
+    max_logits: Any
 
 
 class _Refs(NamedTuple):
@@ -92,16 +108,17 @@ class _Tiles(NamedTuple):
     begin: Any
 
 
-def kernel(plan_ref, k_norm_ref, sinks_ref, q_ref, k_ref, v_ref, lower_ref, upper_ref, out_ref, lse_ref, error_ref,
-            *scratch, static: Static):  # fmt: skip
+def kernel(plan_ref, k_norm_ref, sinks_ref, q_ref, k_ref, v_ref, lower_ref, upper_ref, *refs, static: Static):
     """Grid (batch, kv_head, query_block, key_chunk); what is in scratch carries across key chunks."""
     row, head, query_block, key_chunk = (pl.program_id(axis) for axis in range(4))
+    results, scratch = Results(*refs[:4]), refs[4:]
     refs = _Refs(q_ref, k_ref, v_ref, lower_ref, upper_ref, *scratch[:7], saved=scratch[7:])
     is_bounded = _is_bounded(static, q_ref, k_norm_ref, row * pl.num_programs(1) + head)
 
     @pl.when(key_chunk == 0)
     def start():
         refs.reference[...] = jnp.full_like(refs.reference, jnp.where(is_bounded, 0.0, NO_SCORE))
+        refs.largest[...] = jnp.full_like(refs.largest, NO_SCORE)
         refs.total[...] = jnp.zeros_like(refs.total)
         refs.weighted[...] = jnp.zeros_like(refs.weighted)
 
@@ -121,7 +138,7 @@ def kernel(plan_ref, k_norm_ref, sinks_ref, q_ref, k_ref, v_ref, lower_ref, uppe
 
     @pl.when(key_chunk == pl.num_programs(3) - 1)
     def finish():
-        _finish(static, refs, sinks_ref, head, out_ref, lse_ref, error_ref)
+        _finish(static, refs, sinks_ref, head, results)
 
 
 def _is_bounded(static: Static, q_ref, k_norm_ref, step_heads):
@@ -146,7 +163,6 @@ def _with_a_maximum(static: Static, refs: _Refs, tiles: _Tiles) -> None:
     def attempt(number, _):
         for saved, ref in zip(refs.saved, now, strict=True):
             ref[...] = saved[...]
-        refs.largest[...] = refs.reference[...]
         has_masked = (tiles.first < tiles.whole_first) | (tiles.whole_end < tiles.last)
         # Something has to be the first reference.
         lagged_first = jnp.where(has_masked, tiles.whole_first, tiles.whole_first + 1)
@@ -234,6 +250,8 @@ def _softmax(static: Static, refs: _Refs, n: int, stored, softmax: Softmax):
     """
     z, largest = stored
     if softmax == "bounded":
+        if static.with_max_logits:
+            refs.largest[n] = jnp.maximum(refs.largest[n], jnp.max(z, axis=0, keepdims=True))
         weights = jnp.exp2(z * static.log2_scale)
         refs.total[n] += jnp.sum(weights, axis=0, keepdims=True)
         return weights, None
@@ -250,25 +268,27 @@ def _softmax(static: Static, refs: _Refs, n: int, stored, softmax: Softmax):
     return weights, rescale
 
 
-def _finish(static: Static, refs: _Refs, sinks_ref, head, out_ref, lse_ref, error_ref) -> None:
+def _finish(static: Static, refs: _Refs, sinks_ref, head, results: Results) -> None:
     """out = weighted / total, and lse. A sink is one more weight. Who sees nothing gets 0, and lse -inf or the sink."""
     kv_heads, group, *_ = refs.q.shape
     for n, (h, g, s) in enumerate(_row_chunks(refs, static.blocks.row_chunk)):
         queries = pl.ds(s, static.blocks.row_chunk)
         sees = refs.lower[:, queries] < refs.upper[:, queries]
-        reference = jnp.where(sees, refs.reference[n] * static.log2_scale, NO_SCORE)
+        reference = jnp.where(sees, refs.reference[n] * static.natural_scale, NO_SCORE)
         total, scale = jnp.where(sees, refs.total[n], 0.0), jnp.ones_like(reference)
         if sinks_ref is not None:
-            sink = sinks_ref[(head * kv_heads + h) * group + g] * LOG2_E
+            sink = sinks_ref[(head * kv_heads + h) * group + g]
             with_sink = jnp.maximum(reference, sink)
-            scale = jnp.exp2(reference - with_sink)
-            total, reference = scale * total + jnp.exp2(sink - with_sink), with_sink
+            scale = jnp.exp2((reference - with_sink) * LOG2_E)
+            total, reference = scale * total + jnp.exp2((sink - with_sink) * LOG2_E), with_sink
         is_empty = total == 0.0
         total = jnp.where(is_empty, 1.0, total)
         out = jnp.where(sees, refs.weighted[n] * (scale / total), 0.0)
         out = out.T
-        out_ref[h, g, queries, :] = out.astype(out_ref.dtype)
-        if error_ref is not None:
-            error = out - out.astype(out_ref.dtype).astype(jnp.float32)
-            error_ref[h, g, queries, :] = error.astype(error_ref.dtype)
-        lse_ref[h, g, :, queries] = jnp.where(is_empty, -jnp.inf, (reference + jnp.log2(total)) / LOG2_E)
+        results.out[h, g, queries, :] = out.astype(results.out.dtype)
+        if results.error is not None:
+            error = out - out.astype(results.out.dtype).astype(jnp.float32)
+            results.error[h, g, queries, :] = error.astype(results.error.dtype)
+        results.lse[h, g, :, queries] = jnp.where(is_empty, -jnp.inf, reference + jnp.log(total))
+        if results.max_logits is not None:
+            results.max_logits[h, g, :, queries] = jnp.where(sees, refs.largest[n] * static.natural_scale, -jnp.inf)

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from grug_kernels.attention.block_sizes import BlockSizes
 from grug_kernels.attention.mask import Intervals
+from grug_kernels.attention.results import Results
 from grug_kernels.dispatch import UnsupportedError
 
 
@@ -20,7 +21,8 @@ def attention(
     sm_scale: float,
     logit_soft_cap: float | None,
     block_sizes: BlockSizes | None,
-) -> tuple[Float[Array, "batch q_len num_heads v_head_dim"], Float[Array, "batch num_heads q_len"]]:
+    with_max_logits: bool,
+) -> Results:
     """See `api.attention_with_lse`. Softmax and sums are float32; its weights are rounded to v's type for the matmul.
 
     Raises:
@@ -35,6 +37,7 @@ def attention(
     if logit_soft_cap is not None:
         scores = logit_soft_cap * jnp.tanh(scores / logit_soft_cap)
     scores = jnp.where(_visible(intervals, k.shape[1]), scores, -jnp.inf)
+    max_logits = scores.max(axis=(3, 4)).reshape(batch, num_heads) if with_max_logits else None
 
     top = scores.max(axis=-1, keepdims=True)
     if sinks is not None:
@@ -51,7 +54,8 @@ def attention(
     total = jnp.where(empty, 1.0, total)
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
     out = jnp.einsum("bkgts,bskh->btkgh", (weights / total).astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return out.reshape(*q.shape[:3], v.shape[3]).astype(q.dtype), lse.reshape(batch, num_heads, q_len)
+    out = out.reshape(*q.shape[:3], v.shape[3]).astype(q.dtype)
+    return Results(out, lse.reshape(batch, num_heads, q_len), max_logits)
 
 
 def _visible(intervals: Intervals, kv_len: int):

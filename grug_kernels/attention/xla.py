@@ -14,7 +14,7 @@ blocks of its whole group (`[group * block_q, head_dim]`), and k and v are never
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from grug_kernels.attention.block_sizes import BlockSizes, default_block_sizes
 from grug_kernels.attention.mask import Intervals, visited_key_blocks
+from grug_kernels.attention.results import Results
 from grug_kernels.sharding import vary_alike, vary_with
 
 # Stands for "no score yet". Finite: -inf - -inf is NaN, and would poison rows that see nothing.
@@ -67,7 +68,8 @@ def attention(
     sm_scale: float,
     logit_soft_cap: float | None,
     block_sizes: BlockSizes | None,
-) -> tuple[Float[Array, "batch q_len num_heads v_head_dim"], Float[Array, "batch num_heads q_len"]]:
+    with_max_logits: bool,
+) -> Results:
     """See `api.attention_with_lse`.
 
     Cost of a row for S = q_len = kv_len, N heads of H, V = v_head_dim, a share c of the blocks visited, and one
@@ -84,7 +86,9 @@ def attention(
     Source: arXiv:2205.14135 (online softmax by blocks), arXiv:2307.08691 (one division at the end).
     """
     block_sizes = block_sizes or default_block_sizes(q.shape[1], k.shape[1])
-    return _attention(_Static(sm_scale, logit_soft_cap, block_sizes), *vary_alike((q, k, v, sinks, intervals)))
+    static = _Static(sm_scale, logit_soft_cap, block_sizes)
+    results: Any = _attention(static, *vary_alike((q, k, v, sinks, intervals)))
+    return results if with_max_logits else results._replace(max_logits=None)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -107,11 +111,12 @@ def _forward(static: _Static, q, k, v, sinks, intervals):
     queries = _query_blocks(q, num_kv_heads, block_q)
     masks = _block_masks(intervals, static.block_sizes)
     results = lax.map(row, (queries, masks, _key_blocks(k, block_kv), _key_blocks(v, block_kv)))
-    out, largest, total = (_from_query_blocks(blocks, q.shape[1]) for blocks in results)
+    out, largest, total = (_from_query_blocks(blocks, q.shape[1]) for blocks in results[:3])
+    max_logits = results[3].max(axis=1).reshape(q.shape[0], q.shape[2])
     out = checkpoint_name(out, "attention_out")
     largest = checkpoint_name(largest, "attention_lse")
     lse = (largest + jnp.log(total))[..., 0].swapaxes(1, 2)
-    return (out, lse), (q, k, v, sinks, intervals, largest)
+    return Results(out, lse, max_logits), (q, k, v, sinks, intervals, largest)
 
 
 @jax.named_scope("attention_backward")
@@ -119,7 +124,7 @@ def _backward(static: _Static, residuals, cotangents):
     """With p = exp(score - largest) / total and delta = sum p * (dout . v): dscore = p * (dout . v - delta + dlse); and
     a sink has no v, so that dsink = -sum p_sink * (delta - dlse)."""
     q, k, v, sinks, intervals, largest = residuals
-    dout, dlse = cotangents
+    dout, dlse, _ = cotangents
     num_kv_heads, (block_q, block_kv) = k.shape[2], (static.block_sizes.block_q, static.block_sizes.block_kv)
     largest = jnp.where(largest == -jnp.inf, 0.0, largest)  # sees nothing: any finite number will do
     dlse = dlse.swapaxes(1, 2)[..., None]  # [batch, q_len, num_heads, 1], laid out like q
@@ -151,7 +156,8 @@ _attention.defvjp(_forward, _backward)
 
 def _forward_block(static: _Static, q, mask: _BlockMask, keys, values, sinks):
     """out, largest score and sum above it [num_kv_heads, group, block_q, v_head_dim | 1 | 1] of one query block, over
-    the key blocks of its plan. A query that sees nothing has out 0 and lse = largest + log(sum) = -inf, or the sink.
+    the key blocks of its plan, the sink among the scores; and the largest of each head [num_kv_heads, group], without
+    the sink. A query that sees nothing has out 0 and lse = largest + log(sum) = -inf, or the sink.
 
     Between key blocks: the largest score so far, the sum of exp(score - largest), and that sum weighted with v. A row
     that has seen nothing yet has largest = _NO_SCORE and arbitrary sums, which the first score seen multiplies by
@@ -171,15 +177,19 @@ def _forward_block(static: _Static, q, mask: _BlockMask, keys, values, sinks):
         return new_largest, total, rescale * weighted + added
 
     column = (*q.shape[:3], 1)
-    if sinks is None:
-        largest, total = jnp.full(column, _NO_SCORE, jnp.float32), jnp.zeros(column, jnp.float32)
-    else:  # A sink is a key that everyone sees, without a value.
-        largest, total = jnp.broadcast_to(sinks, column), jnp.ones(column, jnp.float32)
-    start = vary_with(q, (largest, total, jnp.zeros((*q.shape[:3], values.shape[-1]), jnp.float32)))
+    zeros = jnp.zeros(column, jnp.float32), jnp.zeros((*q.shape[:3], values.shape[-1]), jnp.float32)
+    start = vary_with(q, (jnp.full(column, _NO_SCORE, jnp.float32), *zeros))
     largest, total, weighted = _for_key_blocks(mask, keys.shape[0], add_key_block, start)
     sees = (mask.lower < mask.upper)[None, None, :, None]
+    max_logits = jnp.where(sees, largest, -jnp.inf).max(axis=(2, 3))
+    if sinks is not None:  # A key that everyone sees, without a value.
+        with_sink = jnp.maximum(largest, sinks)
+        rescale = jnp.exp(largest - with_sink)
+        total, weighted = rescale * total + jnp.exp(sinks - with_sink), rescale * weighted
+        largest = with_sink
     out = jnp.where(sees, weighted / total, 0.0).astype(q.dtype)
-    return out, jnp.where(sees, largest, -jnp.inf if sinks is None else sinks), jnp.where(sees, total, 1.0)
+    largest = jnp.where(sees, largest, -jnp.inf if sinks is None else sinks)
+    return out, largest, jnp.where(sees, total, 1.0), max_logits
 
 
 def _backward_block(static: _Static, sums, block: _QueryBlock, keys, values):

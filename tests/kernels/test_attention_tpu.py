@@ -107,6 +107,7 @@ def test_what_it_does_not_take(change, message):
     q, k, v = (x.astype(change.get("dtype", x.dtype)) for x in (q, k, v))
     intervals = AttentionMask().intervals(q.shape[0], q.shape[1], k.shape[1])
     options = {"sm_scale": change.get("sm_scale", 1.0), "logit_soft_cap": None, "block_sizes": None}
+    options |= {"with_max_logits": False}
     with pytest.raises(UnsupportedError, match=message):
         pallas_tpu.attention(q, k, v, intervals, None, interpret=True, **options)
 

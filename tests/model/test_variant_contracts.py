@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
+from grug_kernels import dispatch
 from tests.model.variants import VARIANTS, abstract_batch, one_device, part, random_batch, tiny_config, tiny_trainer
 from train.mesh import AXES, create_mesh
 from train.optimizer import GrugOptimizerConfig
@@ -37,15 +38,18 @@ def built(variant, *, optimizer="adamw", trainer=TRAINER, **changes):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_one_step_lowers_on_an_abstract_mesh_of_four_devices(variant, platform):
-    """data=2, model=2: every sharding that the model writes must make sense without any device to try it on."""
-    devices = AbstractMesh((1, 2, 1, 1, 2), AXES, axis_types=(AxisType.Explicit,) * 5)
+    """data=2, model=2: every sharding that the model writes must make sense without any device to try it on, with the
+    kernels of the platform."""
+    tpu = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu") if platform == "tpu" else None
+    devices = AbstractMesh((1, 2, 1, 1, 2), AXES, axis_types=(AxisType.Explicit,) * 5, abstract_device=tpu)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    with jax.sharding.use_abstract_mesh(devices):
+    with jax.sharding.use_abstract_mesh(devices), dispatch.targeting(platform):
         init, step = built(variant)
         state = jax.eval_shape(init, key)
         lowered = step.trace(state, abstract_batch(devices)).lower(lowering_platforms=(platform,))
         metrics = lowered.out_info[1]
     assert metrics["train/loss"].shape == ()
+    assert ("attention_backward" in lowered.as_text()) == (platform == "tpu")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
