@@ -23,7 +23,7 @@ class GrugOptimizerConfig:
     learning_rate: float = 3e-3
     warmup_steps: int = 1000
     min_lr_ratio: float = 0.1
-    # Decays every weight but those whose name holds "norm".
+    # Decays every weight but those whose name holds "norm" or "sinks".
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -93,10 +93,13 @@ class GrugOptimizerConfig:
 
 
 def is_decayed(params: PyTree) -> PyTree:
-    """True for every leaf but norms: those have "norm" in their path."""
+    """True for every leaf but norms and sinks, which are scales and logits: those have the word in their path."""
     import jax
 
-    return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)
+    def decays(path, _) -> bool:
+        return not any(word in jax.tree_util.keystr(path) for word in ("norm", "sinks"))
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def hyperparameters(opt_state: Any) -> dict[str, Any]:

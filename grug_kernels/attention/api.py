@@ -14,13 +14,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from grug_kernels import dispatch
-from grug_kernels.attention import reference, xla
+from grug_kernels.attention import cudnn, reference, xla
 from grug_kernels.attention.block_sizes import BlockSizes
 from grug_kernels.attention.mask import AttentionMask, Intervals
 from grug_kernels.attention.results import Results
 from grug_kernels.sharding import Axes, sharded_axes, shards_of
 
-Implementation = Literal["pallas_tpu", "xla", "reference"]
+Implementation = Literal["pallas_tpu", "cudnn", "xla", "reference"]
 
 
 def _pallas_tpu(*args: Any, **kwargs: Any):
@@ -31,6 +31,7 @@ def _pallas_tpu(*args: Any, **kwargs: Any):
 
 IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
     "pallas_tpu": _pallas_tpu,
+    "cudnn": cudnn.attention,
     "xla": xla.attention,
     "reference": reference.attention,
 }
@@ -94,8 +95,8 @@ def attention_with_lse(
       mask: which keys each query sees. The queries are the last seq_len of the kv_len positions.
       sinks: for each head, the score of a key that every query sees and that has no value.
       sm_scale: 1 / sqrt(head_dim) unless given.
-      implementation: "pallas_tpu" (fused kernels), "xla" (blockwise, memory linear in length), "reference" (the
-        definition, all scores at once), or None to choose for the platform.
+      implementation: "pallas_tpu" (fused kernels), "cudnn" (NVIDIA's library; see `cudnn.attention`), "xla" (blockwise,
+        memory linear in length), "reference" (the definition, all scores at once), or None to choose for the platform.
       block_sizes: of a blockwise implementation, in place of its own choice.
 
     Raises:
@@ -156,7 +157,8 @@ def _attention(
         dispatch.call,
         "attention",
         implementation,
-        IMPLEMENTATIONS,
+        # Of all only cuDNN needs to know the form of the mask at trace time.
+        {**IMPLEMENTATIONS, "cudnn": partial(cudnn.attention, native=cudnn.native_mask(mask, seq_len, k.shape[1]))},
         sm_scale=1 / math.sqrt(head_dim) if sm_scale is None else float(sm_scale),
         logit_soft_cap=None if logit_soft_cap is None else float(logit_soft_cap),
         block_sizes=block_sizes,

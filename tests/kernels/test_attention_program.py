@@ -163,7 +163,7 @@ def no_shape_hook():
         ({"sinks": jnp.zeros(4, jnp.int32)}, "sinks are int32"),
         ({"logit_soft_cap": 0.0}, "logit_soft_cap=0.0, expected a number above 0, or None"),
         ({"sm_scale": jnp.ones(())}, "sm_scale is a .*, expected a number known at trace time"),
-        ({"implementation": "flash"}, "unknown implementation 'flash'. Those there are: pallas_tpu, xla, reference"),
+        ({"implementation": "flash"}, "implementation 'flash'. Those there are: pallas_tpu, cudnn, xla, reference"),
         ({"mask": AttentionMask(segment_ids=jnp.zeros((2, 6), jnp.int32))}, "segment_ids has shape"),
     ],
 )

@@ -97,13 +97,13 @@ def test_a_gradient_is_cut_to_the_largest_norm_and_a_small_one_left_alone():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_norms_are_not_decayed_and_everything_else_is(variant):
+def test_norms_and_sinks_are_not_decayed_and_everything_else_is(variant):
     with jax.set_mesh(one_device()):
         model = part(variant, "model").Transformer
         params = jax.eval_shape(lambda key: model.init(tiny_config(variant), key=key), jax.random.key(0))
     decayed = {jax.tree_util.keystr(path): on for path, on in jax.tree_util.tree_leaves_with_path(is_decayed(params))}
     exempt = {name.removesuffix(".scale").rpartition(".")[2] for name, on in decayed.items() if not on}
-    assert exempt == {"attention_norm", "mlp_norm", "final_norm"}
+    assert exempt == {"attention_norm", "mlp_norm", "final_norm"} | ({"sinks"} if variant == "attn_sink" else set())
     assert any("w_q" in name for name, on in decayed.items() if on)
 
 

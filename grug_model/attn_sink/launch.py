@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The knobs of this variant and its presets. Start here for a normal run; no jax is imported until one starts."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from train.checkpoint import CheckpointConfig
+from train.config import GrugTrainerConfig
+from train.data import DataConfig
+from train.evaluate import GrugEvalConfig
+from train.metrics import TrackerConfig
+from train.optimizer import GrugOptimizerConfig
+from train.profile import ProfileConfig
+
+from .model import GrugModelConfig
+
+VARIANT = Path(__file__).parent.name
+
+
+@dataclass(frozen=True)
+class GrugBaseLaunchConfig:
+    """Everything a run can be told. The defaults are the 130M template."""
+
+    model: GrugModelConfig = field(default_factory=GrugModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: GrugOptimizerConfig = field(default_factory=GrugOptimizerConfig)
+    trainer: GrugTrainerConfig = field(default_factory=GrugTrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: GrugEvalConfig = field(default_factory=GrugEvalConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    # None: GRUG_RUN_ID, or the variant and a hash of this configuration, so that the same command goes on with its run.
+    run_id: str | None = None
+    # None: runs/<run_id>
+    output_path: str | None = None
+
+
+PRESETS = {
+    # Two cores, three minutes: a real model on real text.
+    "laptop": GrugBaseLaunchConfig(
+        model=GrugModelConfig(
+            vocab_size=4096,
+            hidden_dim=256,
+            intermediate_dim=704,
+            num_layers=4,
+            num_heads=8,
+            num_kv_heads=4,
+            head_dim=32,
+            max_seq_len=256,
+            compute_dtype="float32",
+            remat="none",
+        ),
+        optimizer=GrugOptimizerConfig(learning_rate=3e-3, warmup_steps=20),
+        trainer=GrugTrainerConfig(steps=200, batch_size=8, seq_len=256),
+        checkpoint=CheckpointConfig(every=100, temporary_minutes=0.5),
+        eval=GrugEvalConfig(every=50),
+    ),
+    # 130M parameters, 2000 steps of 2M tokens: a slice of v5p.
+    "130m": GrugBaseLaunchConfig(),
+}
+
+
+def run(config: GrugBaseLaunchConfig) -> None:
+    from .train import run_grug
+
+    run_grug(VARIANT, config)
+
+
+if __name__ == "__main__":  # as `python -m`: train.run, with this variant
+    from train.run import main
+
+    main(variant=VARIANT)

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State, step and loop of this variant. What every variant shares is called from `train/`, in a line each."""
+
+from functools import partial
+from itertools import chain
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from grug_kernels.attention import AttentionMask
+from train import lev
+from train.checkpoint import Checkpoints, restore_latest_or_initialize
+from train.compiled import compile_step, keep_compiled_programs, peak_of_device
+from train.config import GrugTrainerConfig
+from train.data import (
+    PreparedData,
+    build_train_dataset,
+    build_train_loader,
+    cache_directory,
+    iter_from_step,
+    mixture_metrics,
+    prepare,
+)
+from train.evaluate import GrugEvalConfig, build_tagged_evaluator
+from train.mesh import create_mesh
+from train.metrics import Meter, RunTracker, start_tracker
+from train.optimizer import Optimizer, hyperparameters
+from train.outcome import advice_on_failure, already_finished, baselines, finish
+from train.profile import Profile
+from train.progress import Progress, phase
+from train.rundir import as_dict, check_fit, check_vocab_size, open_run
+from train.sample import sample
+
+from .model import GrugModelConfig, GrugModelParameters, Transformer, matrix_axes
+
+if TYPE_CHECKING:
+    from .launch import GrugBaseLaunchConfig
+
+
+class GrugTrainState(eqx.Module):
+    """Everything a checkpoint holds. `step` counts completed steps."""
+
+    step: Int[Array, ""]
+    params: GrugModelParameters
+    opt_state: optax.OptState
+    ema_params: GrugModelParameters | None
+    training_key: PRNGKeyArray
+
+
+def init_train_state(
+    cfg: GrugModelConfig, optimizer: Optimizer, trainer: GrugTrainerConfig, *, key: PRNGKeyArray
+) -> GrugTrainState:
+    params_key, training_key = jax.random.split(key)
+    params = Transformer.init(cfg, key=params_key)
+    return GrugTrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema_params=params if trainer.ema_beta is not None else None,
+        training_key=training_key,
+    )
+
+
+def mask_of(batch: Any) -> AttentionMask:
+    """Causal, and no document sees another."""
+    return AttentionMask(causal=True, segment_ids=batch.attn_mask.segment_ids[0])
+
+
+def make_train_step(optimizer: Optimizer, trainer: GrugTrainerConfig):
+    """train_step(state, batch) -> (state, metrics); batch has tokens, loss_weight, attn_mask (a GrugLmExample)."""
+
+    @partial(jax.jit, donate_argnums=0)  # the old state's memory becomes the new state's
+    def train_step(state: GrugTrainState, batch: Any) -> tuple[GrugTrainState, dict[str, Array]]:
+        def loss_fn(params):
+            return params.next_token_loss(
+                batch.tokens, batch.loss_weight, mask_of(batch), z_loss_weight=trainer.z_loss_weight
+            )
+
+        (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = eqx.apply_updates(state.params, updates)
+            ema_params = state.ema_params
+            if (beta := trainer.ema_beta) is not None:
+                ema_params = jax.tree.map(lambda old, new: beta * old + (1 - beta) * new, ema_params, params)
+        metrics = {
+            "train/loss": loss,
+            "train/cross_entropy": parts.cross_entropy,
+            "train/z_loss": parts.z_loss,
+            "train/grad_norm": optax.global_norm(grads),
+            "train/update_norm": optax.global_norm(updates),
+            **hyperparameters(opt_state),
+        }
+        step = state.step + 1
+        return GrugTrainState(step, params, opt_state, ema_params, state.training_key), metrics
+
+    return train_step
+
+
+def per_token_losses(params: GrugModelParameters, batch: Any) -> tuple[Array, Array, Array]:
+    """For evaluation: -log p, weight and target token of every position, each [batch, seq_len]."""
+    losses = params.next_token_losses(batch.tokens, batch.loss_weight, mask_of(batch))
+    return losses, batch.loss_weight, jnp.roll(batch.tokens, -1, axis=1)
+
+
+def evaluations(state: GrugTrainState, evaluate: Any, cfg: GrugEvalConfig) -> dict[str, float]:
+    """eval/* of the weights, eval/ema/* of their average, where there is one."""
+    metrics = evaluate(state.params, "eval") if cfg.eval_current or state.ema_params is None else {}
+    if cfg.eval_ema and state.ema_params is not None:
+        metrics |= evaluate(state.ema_params, "eval/ema")
+    return metrics
+
+
+def run_grug(variant: str, config: "GrugBaseLaunchConfig") -> None:
+    """Trains to the last step, from the newest checkpoint where there is one, and writes summary and report.
+
+    Raises:
+      ValueError, OSError: something does not fit, or cannot be read or written; the message says how to mend it.
+      SystemExit: the run had to end (a loss that is not finite, a full disk); what is saved has been said.
+    """
+    started = perf_counter()
+    trainer = config.trainer
+    check_fit(config)
+    mesh = create_mesh(trainer.batch_size, model=trainer.model_axis)
+    optimizer = config.optimizer.build(trainer.steps, matrix_axes=matrix_axes)
+    run = open_run(variant, config)
+    keep_compiled_programs(cache_directory(config.data))
+    lev.import_in_background()
+    with phase("data") as detail:
+        data = prepare(config.data, detail)
+    check_vocab_size(config, data.vocab_size)
+
+    with jax.set_mesh(mesh):
+        key = jax.random.key(trainer.seed)
+        init = partial(jax.jit(partial(init_train_state, config.model, optimizer, trainer)), key=key)
+        state, resumed = restore_latest_or_initialize(
+            [run.checkpoints, *filter(None, [trainer.load_checkpoint_path])],
+            jax.eval_shape(init),
+            mesh=mesh,
+            init=init,
+            require=trainer.load_checkpoint,
+        )
+        if state.step >= trainer.steps and run.is_summarised:
+            return already_finished(run, int(state.step))
+        run.write_config(config)
+        with (
+            start_tracker(run.path, run.run_id, as_dict(config), config.tracker) as tracker,
+            advice_on_failure(run),
+            Profile(config.profile, run.profiler, tracker) as profile,
+        ):
+            checkpoints = Checkpoints(
+                run.checkpoints, config.checkpoint, metadata=run.describe(trainer.batch_size), resumed=resumed
+            )
+            state = train(config, data, optimizer, mesh, state, tracker, checkpoints, profile)
+
+            def logits(params, tokens):
+                return params.logits(tokens, AttentionMask(causal=True))
+
+            max_seq_len = config.model.max_seq_len
+            finish(run, started, lambda: sample(logits, state.params, data.tokenizer_dir, max_seq_len=max_seq_len))
+
+
+def train(
+    config: "GrugBaseLaunchConfig",
+    data: PreparedData,
+    optimizer: Optimizer,
+    mesh: Mesh,
+    state: GrugTrainState,
+    tracker: RunTracker,
+    checkpoints: Checkpoints,
+    profile: Profile,
+) -> GrugTrainState:
+    """Every step from `state` to the last one: load, step, log, sometimes save, sometimes evaluate."""
+    trainer, batch_size, seq_len = config.trainer, config.trainer.batch_size, config.trainer.seq_len
+    start = int(state.step)
+    dataset = build_train_dataset(data, config.data, seq_len, batch_size, trainer.seed)
+    loader = build_train_loader(dataset, mesh, batch_size)
+    evaluate = build_tagged_evaluator(data, config.data, config.eval, seq_len, batch_size, mesh, per_token_losses)
+    tracker.log_summary(baselines(data))
+    meter = Meter(
+        tracker,
+        total_steps=trainer.steps,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        flops=config.model.flops_per_token(seq_len),
+        peak=peak_of_device(trainer.peak_tflops),
+        log_every=trainer.log_every,
+        start_step=start,
+    )
+
+    def is_evaluated(step: int) -> bool:
+        return step % config.eval.every == 0 or step == trainer.steps
+
+    with iter_from_step(loader, start) as batches, Progress(trainer.steps, start) as bar:
+        first = next(batches)
+        train_step = make_train_step(optimizer, trainer)
+        train_step = compile_step(train_step, state, first, tracker, require_kernels=trainer.require_kernels)
+        batches = chain([first], batches)
+        if start and is_evaluated(start):  # perhaps not yet: the run may have been stopped between save and evaluation
+            tracker.log(evaluations(state, evaluate, config.eval), step=start)
+        for step in profile.steps(range(start + 1, trainer.steps + 1), meter, bar.say):
+            with meter.loading():
+                batch = next(batches)
+            state, metrics = train_step(state, batch)
+            meter.step(step, metrics)
+            bar.update(step, meter.last)
+            with meter.hooks():
+                if step % trainer.log_every == 0:
+                    tracker.log(mixture_metrics(dataset, step, batch_size), step=step)
+                # Saved before it is evaluated, or a failing evaluation would cost the steps since the last checkpoint.
+                # And looked at before it is saved: meter.flush raises where a loss, gradient or update is not finite.
+                checkpoints.on_step(state, step, before_save=meter.flush)
+                if is_evaluated(step):
+                    meter.flush()
+                    tracker.log(evaluations(state, evaluate, config.eval), step=step)
+    checkpoints.save(state, trainer.steps)
+    checkpoints.wait()
+    return state
