@@ -16,6 +16,7 @@ from grug_kernels import dispatch
 from grug_kernels.attention import xla
 from grug_kernels.attention.block_sizes import BlockSizes
 from grug_kernels.attention.mask import AttentionMask, Intervals
+from grug_kernels.attention.results import Results
 from grug_kernels.dispatch import UnsupportedError
 from grug_kernels.sharding import vary_alike
 
@@ -49,8 +50,9 @@ def attention(
     sm_scale: float,
     logit_soft_cap: float | None,
     block_sizes: BlockSizes | None,
+    with_max_logits: bool,
     native: Mapping[str, Any] | None = None,
-) -> tuple[Float[Array, "batch q_len num_heads v_head_dim"], Float[Array, "batch num_heads q_len"]]:
+) -> Results:
     """See `api.attention_with_lse`.
 
     Masks: causal, causal with a window that is a Python int, and none at all are cuDNN's own (`native`, made by
@@ -58,8 +60,8 @@ def attention(
     2 * batch * q_len * kv_len bytes, kept for the backward pass too unless the layer is rematerialised, and no key is
     skipped. At 8192 tokens that is 128 MiB for each row; "xla" has neither cost.
 
-    lse is not cuDNN's: JAX rounds that to the type of q, and drops its gradient. It is made anew, blockwise ("xla"), in
-    float32, for another 2 * head_dim FLOPs a score; under jit only where it is asked for.
+    lse and max_logits are not cuDNN's: JAX rounds lse to the type of q, and drops its gradient. They are made anew,
+    blockwise ("xla"), in float32, for another 2 * head_dim FLOPs a score; under jit only where they are asked for.
 
     What cuDNN keeps for the backward pass has no name that a remat policy could save: "save_attention" is as "full".
 
@@ -78,10 +80,8 @@ def attention(
         raise UnsupportedError(f"attention: 'cudnn' cannot: {error} Use 'xla'.") from error
     sees = intervals.lower < intervals.upper
     out = jnp.where(sees[..., None, None], out, 0)  # To cuDNN all keys of such a query are equally far away.
-    lse = xla.attention(
-        q, k, v[..., :1], intervals, None, sm_scale=sm_scale, logit_soft_cap=None, block_sizes=None
-    )[1]  # fmt: skip
-    return out, lse
+    options: dict[str, Any] = {"logit_soft_cap": None, "block_sizes": None, "with_max_logits": with_max_logits}
+    return xla.attention(q, k, v[..., :1], intervals, None, sm_scale=sm_scale, **options)._replace(out=out)
 
 
 def _visible(intervals: Intervals, kv_len: int):
