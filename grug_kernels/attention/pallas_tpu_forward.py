@@ -86,10 +86,10 @@ def _with_optional_refs(*refs, static: Static, has_sinks: bool, with_error: bool
 
 def _scratch_shapes(blocks: ForwardBlocks, group_heads: int, v) -> list[Any]:
     """As `_Refs` has them, from reference on."""
-    chunks = blocks.kv_heads * group_heads * blocks.block_q // blocks.row_chunk
-    row = pltpu.VMEM((chunks, 1, blocks.row_chunk), jnp.float32)
-    weighted = pltpu.VMEM((chunks, v.shape[-1], blocks.row_chunk), jnp.float32)
-    stage = (2, blocks.block_kv, blocks.row_chunk)
+    chunks, queries = blocks.kv_heads * group_heads * blocks.block_q // blocks.row_chunk, blocks.row_chunk
+    row = pltpu.VMEM((chunks, *blocks.as_tile(1, queries)), jnp.float32)
+    weighted = pltpu.VMEM((chunks, *blocks.as_tile(v.shape[-1], queries)), jnp.float32)
+    stage = (2, *blocks.as_tile(blocks.block_kv, queries))
     stages = [pltpu.VMEM(stage, v.dtype), pltpu.VMEM(stage, jnp.float32)]
     return [row, row, row, weighted, row, *stages, row, row, weighted]
 

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel of the forward pass: one for every mask, scores transposed, softmax in base 2.
+"""The kernel of the forward pass: one for every mask, softmax in base 2.
 
 A grid step takes `block_q` queries of every head of `kv_heads` groups against the keys that lie in VMEM, mostly all of
 them. It loops over tiles of `block_kv` keys: those that its plan names, and no others. In a tile the queries come in
-row chunks, `row_chunk` queries of one head each, whose scores are [keys, queries]:
+row chunks, `row_chunk` queries of one head each. `blocks.transposed` says which way their scores lie:
 
     scores^T  = k q^T      [block_kv, row_chunk]      queries on lanes: maximum and sum are reductions over sublanes
     out^T    += v^T p      [v_head_dim, row_chunk]    p is what stays in the matrix unit, and fills it
 
-so that nothing but the result is ever transposed. Row chunks are a pipeline: while the matrix unit makes the scores of
+    scores    = q k^T      [row_chunk, block_kv]      queries on sublanes: maximum and sum are reductions over lanes
+    out      += p v        [row_chunk, v_head_dim]    v is what stays in the matrix unit
+
+so that no tile of scores is ever transposed. Row chunks are a pipeline: while the matrix unit makes the scores of
 chunk n + 1, the vector unit takes the softmax of chunk n, and chunk n - 1 is multiplied with v. The compiler does not
 find this order by itself. What is handed on by way of VMEM, written out, it need not spill.
 
@@ -51,13 +54,19 @@ class Static:
     softmax: Softmax | None = None
 
     @property
+    def keys_axis(self) -> int:
+        """Of a tile of scores."""
+        return 0 if self.blocks.transposed else 1
+
+    @property
     def log2_scale(self) -> float:
         """Scores as the kernel keeps them, q k or tanh(...), times this are the logarithms of the weights in base 2."""
         return LOG2_E * (self.sm_scale if self.logit_soft_cap is None else self.logit_soft_cap)
 
 
 class _Refs(NamedTuple):
-    """Of one grid step, those with a leading axis `chunks` for the row chunks of `_row_chunks`, all float32.
+    """Of one grid step, those with a leading axis `chunks` for the row chunks of `_row_chunks`, all float32. Shapes of
+    transposed scores; the axes after the first are exchanged where they are not.
 
     q [kv_heads, group, block_q, head_dim]; k, v [kv_heads, keys, head_dim | v_head_dim]; lower, upper [1, block_q]
     reference, largest, total [chunks, 1, row_chunk]: of the weights so far, of all scores so far, sum of the weights
@@ -188,29 +197,30 @@ def _tile(static: Static, refs: _Refs, tile, begin, softmax: Softmax, *, is_mask
     block_kv = static.blocks.block_kv
     keys = pl.ds(pl.multiple_of((tile - begin) * block_kv, block_kv), block_kv)
     chunks = _row_chunks(refs, static.blocks.row_chunk)
-    values = [refs.v[h, keys, :].T for h in range(refs.v.shape[0])]
+    is_transposed, as_tile = static.blocks.transposed, static.blocks.as_tile
+    values = [refs.v[h, keys, :].T if is_transposed else refs.v[h, keys, :] for h in range(refs.v.shape[0])]
 
     def scores(n):
         h, g, s = chunks[n]
         queries = pl.ds(s, static.blocks.row_chunk)
-        z = matmul(refs.k[h, keys, :], refs.q[h, g, queries, :], contract=(1, 1))
+        z = matmul(*as_tile(refs.k[h, keys, :], refs.q[h, g, queries, :]), contract=(1, 1))
         if static.logit_soft_cap is not None:
             z = jnp.tanh(z * (static.sm_scale / static.logit_soft_cap))
         if not is_masked:
             return z
-        lower, upper = refs.lower[:, queries], refs.upper[:, queries]
-        position = tile * block_kv + lax.broadcasted_iota(jnp.int32, z.shape, 0)
+        lower, upper = (_by_query(static, bound[:, queries]) for bound in (refs.lower, refs.upper))
+        position = tile * block_kv + lax.broadcasted_iota(jnp.int32, z.shape, static.keys_axis)
         # One comparison for two: below lower, the difference wraps around to more than any length.
         is_seen = (position - lower).astype(jnp.uint32) < (upper - lower).astype(jnp.uint32)
         return jnp.where(is_seen, z, NO_SCORE)
 
     def add(n, rescale):
-        added = matmul(values[chunks[n][0]], refs.weights[n % 2], contract=(1, 0))
+        added = matmul(*as_tile(values[chunks[n][0]], refs.weights[n % 2]), contract=(1, 0))
         refs.weighted[n] = (refs.weighted[n] if rescale is None else rescale * refs.weighted[n]) + added
 
-    waiting, rescale = _stored(refs, 0, scores(0), softmax), None
+    waiting, rescale = _stored(static, refs, 0, scores(0), softmax), None
     for n in range(len(chunks)):
-        following = _stored(refs, n + 1, scores(n + 1), softmax) if n + 1 < len(chunks) else None
+        following = _stored(static, refs, n + 1, scores(n + 1), softmax) if n + 1 < len(chunks) else None
         weights, next_rescale = _softmax(static, refs, n, waiting, softmax)
         refs.weights[n % 2] = weights.astype(refs.v.dtype)
         if n:
@@ -219,12 +229,23 @@ def _tile(static: Static, refs: _Refs, tile, begin, softmax: Softmax, *, is_mask
     add(len(chunks) - 1, rescale)
 
 
-def _stored(refs: _Refs, n: int, z, softmax: Softmax):
+def _by_query(static: Static, row):
+    """[1, queries] as statistics lie: as it is where scores are transposed, else [queries, 1]."""
+    return row if static.blocks.transposed else _turned(row)
+
+
+def _turned(x):
+    """[1, n] as [n, 1], or back. The transpose is of whole registers."""
+    eight = jnp.broadcast_to(x, (8, x.shape[1]) if x.shape[0] == 1 else (x.shape[0], 8)).T
+    return eight[:, :1] if x.shape[0] == 1 else eight[:1]
+
+
+def _stored(static: Static, refs: _Refs, n: int, z, softmax: Softmax):
     """(z, None); or where exponentials have to wait for the maximum, (None, that maximum) and z in refs.scores."""
     if softmax != "exact":
         return z, None
     refs.scores[n % 2] = z
-    return None, jnp.max(z, axis=0, keepdims=True)
+    return None, jnp.max(z, axis=static.keys_axis, keepdims=True)
 
 
 def _softmax(static: Static, refs: _Refs, n: int, stored, softmax: Softmax):
@@ -233,20 +254,21 @@ def _softmax(static: Static, refs: _Refs, n: int, stored, softmax: Softmax):
     stored: see `_stored`.
     """
     z, largest = stored
+    keys_axis = static.keys_axis
     if softmax == "bounded":
         weights = jnp.exp2(z * static.log2_scale)
-        refs.total[n] += jnp.sum(weights, axis=0, keepdims=True)
+        refs.total[n] += jnp.sum(weights, axis=keys_axis, keepdims=True)
         return weights, None
     before = refs.largest[n]
     if softmax == "exact":
         z, reference = refs.scores[n % 2], jnp.maximum(before, largest)
     else:
-        largest, reference = jnp.max(z, axis=0, keepdims=True), before
+        largest, reference = jnp.max(z, axis=keys_axis, keepdims=True), before
         refs.excess[n] = jnp.maximum(refs.excess[n], largest - reference)
     weights = jnp.exp2((z - reference) * static.log2_scale)
     rescale = jnp.exp2((refs.reference[n] - reference) * static.log2_scale)
     refs.reference[n], refs.largest[n] = reference, jnp.maximum(before, largest)
-    refs.total[n] = rescale * refs.total[n] + jnp.sum(weights, axis=0, keepdims=True)
+    refs.total[n] = rescale * refs.total[n] + jnp.sum(weights, axis=keys_axis, keepdims=True)
     return weights, rescale
 
 
@@ -255,7 +277,8 @@ def _finish(static: Static, refs: _Refs, sinks_ref, head, out_ref, lse_ref, erro
     kv_heads, group, *_ = refs.q.shape
     for n, (h, g, s) in enumerate(_row_chunks(refs, static.blocks.row_chunk)):
         queries = pl.ds(s, static.blocks.row_chunk)
-        sees = refs.lower[:, queries] < refs.upper[:, queries]
+        lower, upper = (_by_query(static, bound[:, queries]) for bound in (refs.lower, refs.upper))
+        sees = lower < upper
         reference = jnp.where(sees, refs.reference[n] * static.log2_scale, NO_SCORE)
         total, scale = jnp.where(sees, refs.total[n], 0.0), jnp.ones_like(reference)
         if sinks_ref is not None:
@@ -266,9 +289,10 @@ def _finish(static: Static, refs: _Refs, sinks_ref, head, out_ref, lse_ref, erro
         is_empty = total == 0.0
         total = jnp.where(is_empty, 1.0, total)
         out = jnp.where(sees, refs.weighted[n] * (scale / total), 0.0)
-        out = out.T
+        out = out.T if static.blocks.transposed else out
         out_ref[h, g, queries, :] = out.astype(out_ref.dtype)
         if error_ref is not None:
             error = out - out.astype(out_ref.dtype).astype(jnp.float32)
             error_ref[h, g, queries, :] = error.astype(error_ref.dtype)
-        lse_ref[h, g, :, queries] = jnp.where(is_empty, -jnp.inf, (reference + jnp.log2(total)) / LOG2_E)
+        lse = jnp.where(is_empty, -jnp.inf, (reference + jnp.log2(total)) / LOG2_E)
+        lse_ref[h, g, :, queries] = lse if static.blocks.transposed else _turned(lse)
