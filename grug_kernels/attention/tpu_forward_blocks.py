@@ -12,7 +12,7 @@ class ForwardBlocks:
     """How the forward pass is cut.
 
     block_q, block_kv: one tile, queries against keys. Lengths are whole numbers of them.
-    row_chunk: queries of one head in a stage of the pipeline; divides block_q.
+    row_chunk: queries of one head in a stage of the pipeline; divides block_q, and is all of it or divides its half.
     kv_heads: key heads of one grid step. group_heads: at most so many query heads of each of them. Together with
     block_q they make the row chunks of a tile, and code and compile time grow with their number.
     key_chunk: keys of a head that are in VMEM at a time.
@@ -34,10 +34,15 @@ class ForwardBlocks:
     vmem_limit: int = 100 * 2**20
 
     def __post_init__(self):
-        if self.block_q % self.row_chunk:
+        if self.block_q % self.row_chunk or (self.row_chunk < self.block_q and self.block_q % (2 * self.row_chunk)):
             raise ValueError(
-                f"attention forward: block_q={self.block_q} is no multiple of row_chunk={self.row_chunk}, the queries"
-                " that go through it at a time."
+                f"attention forward: row_chunk={self.row_chunk} is neither block_q={self.block_q} nor a divisor of its"
+                " half. Tiles may need half of their queries: choose one that is."
+            )
+        if self.block_q % 2 or self.block_kv % 2:
+            raise ValueError(
+                f"attention forward: block_q={self.block_q}, block_kv={self.block_kv}; tiles are cut in half, and both"
+                " have to be even."
             )
         if self.key_chunk % self.block_kv:
             raise ValueError(

@@ -5,12 +5,14 @@ from dataclasses import replace
 from functools import cache, partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from bench.shapes import AttentionShape
 from bench.tpu.topology import LIBTPU_IS_MISSING, has_libtpu
 from bench.tune_attention import measured
+from grug_kernels.attention.mask import AttentionMask
 from grug_kernels.attention.pallas_tpu_forward import attention_forward
 from grug_kernels.attention.pallas_tpu_forward_kernel import Static
 from grug_kernels.attention.tpu_forward_blocks import (
@@ -27,16 +29,18 @@ from tests.kernels.test_attention import Case, compiled, oracle, random_mask, rm
 from tests.kernels.test_attention_tpu_backward import by_group, from_group
 
 CHIPS = ("v5e", "v5p", "v6e", "tpu7x")
-TINY = ForwardBlocks(block_q=16, block_kv=8, row_chunk=8, key_chunk=64)
+TINY = ForwardBlocks(block_q=16, block_kv=8, row_chunk=16, key_chunk=64)
 NATURAL = replace(TINY, transposed=False)
 CASES = {
     "transposed": (Case(2, 32, 48, 4, 2, 16, 8, (0, 0), dtype="bfloat16"), TINY),
     # five tiles as three chunks, the last past the end; three of the six heads of a group at a time
-    "transposed chunks": (Case(2, 16, 40, 6, 1, 8, 24, (0, 0), sinks=True), replace(TINY, key_chunk=16)),
+    "transposed chunks": (Case(2, 16, 40, 6, 1, 8, 24, (0, 0), sinks=True), replace(TINY, key_chunk=16, row_chunk=8)),
     "natural": (Case(2, 32, 48, 4, 2, 16, 8, (0, 0), dtype="bfloat16"), NATURAL),
     "natural chunks": (Case(2, 16, 40, 6, 1, 8, 24, (0, 0), sinks=True), replace(NATURAL, key_chunk=16)),
     "natural capped": (Case(1, 32, 32, 4, 4, 8, 8, (0, 0), logit_soft_cap=2.0), replace(NATURAL, kv_heads=2)),
 }
+# Between them tiles of every shape: cut in half at either end, masked and not to be cut, whole.
+WINDOWS = (3, 9, 15, 20, 29)
 
 
 @cache
@@ -63,7 +67,23 @@ def compiled_kernel(name: str):
 def test_results(name, scale, seed):
     """Under a few masks; at scale 0.1 scores are bounded, at 30 they need a maximum."""
     case, _ = CASES[name]
-    inputs, mask = case.inputs(seed, scale), random_mask(case, np.random.default_rng(seed))
+    assert_good(name, case.inputs(seed, scale), random_mask(case, np.random.default_rng(seed)))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("scale", [0.1, 30.0])
+@pytest.mark.parametrize("name", ["transposed", "natural"])
+def test_windows(name, scale, window):
+    case, _ = CASES[name]
+    nothing = AttentionMask(
+        segment_ids=jnp.zeros((case.batch, case.kv_len), jnp.int32), prefix_len=jnp.zeros(case.batch, jnp.int32)
+    )
+    assert_good(name, case.inputs(window, scale), replace(nothing, sliding_window=jnp.asarray(window, jnp.int32)))
+
+
+def assert_good(name: str, inputs, mask: AttentionMask) -> None:
+    """out and lse, in the root mean square, at most twice as wrong as plain jnp."""
+    case, _ = CASES[name]
     results = compiled_kernel(name)(*inputs[:4], mask.intervals(case.batch, case.q_len, case.kv_len))
     plain, truth = compiled(case, "reference")(*inputs, mask), oracle(case, inputs, mask)
     for ours, theirs, exact in zip(results, plain[:2], truth[:2], strict=True):
@@ -106,8 +126,11 @@ def test_vmem_is_what_the_compiler_says(chip, shape, change):
 
 
 def test_messages():
-    with pytest.raises(ValueError, match="row_chunk=96"):
-        ForwardBlocks(row_chunk=96)
+    for row_chunk in (320, 512):
+        with pytest.raises(ValueError, match=f"row_chunk={row_chunk} is neither"):
+            ForwardBlocks(block_q=1536, row_chunk=row_chunk)
+    with pytest.raises(ValueError, match="block_kv=7;"):
+        ForwardBlocks(block_kv=7)
     with pytest.raises(ValueError, match="key_chunk=700"):
         ForwardBlocks(key_chunk=700)
     shape = ForwardShape(8192, 8, 4, 128, 128)
