@@ -8,20 +8,25 @@ from typing import Any
 
 @dataclass(frozen=True)
 class AttentionShape:
+    """sliding_window: None for all keys before a query. v_head_dim: None for head_dim."""
+
     name: str
     batch: int
     seq_len: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    sliding_window: int | None = None
+    v_head_dim: int | None = None
 
     def __str__(self) -> str:
         return self.name
 
     @property
     def forward_flops(self) -> float:
-        """All query-key pairs; a causal mask needs half."""
-        return 4.0 * self.batch * self.num_heads * self.seq_len**2 * self.head_dim
+        """All query-key pairs; a causal mask needs half, a sliding window less."""
+        widths = self.head_dim + (self.v_head_dim or self.head_dim)
+        return 2.0 * self.batch * self.num_heads * self.seq_len**2 * widths
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,15 @@ TPU_ATTENTION = (
     AttentionShape("1x8192x32/8x128", 1, 8192, 32, 8, 128),  # Llama-3 8B
     AttentionShape("2x8192x32/8x64", 2, 8192, 32, 8, 64),  # Llama-3.2 1B
     AttentionShape("2x8192x8x256", 2, 8192, 8, 8, 256),
+)
+# What compiles for every chip, checked by bench/tpu/production.py.
+TPU_ATTENTION_COMPILED = (
+    *TPU_ATTENTION[:2],
+    AttentionShape("4x4096x32/8x128 window 1024", 4, 4096, 32, 8, 128, sliding_window=1024),
+    AttentionShape("2x8192x32x64", 2, 8192, 32, 32, 64),
+    TPU_ATTENTION[3],
+    AttentionShape("2x4096x16x192/128", 2, 4096, 16, 16, 192, v_head_dim=128),  # DeepSeek's heads
+    AttentionShape("1x32768x32/8x128", 1, 32_768, 32, 8, 128),
 )
 TPU_LOSS = (
     LossShape("4096x768x50257", 4096, 768, 50_257),  # GPT-2

@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -67,11 +68,11 @@ def attention_backward(
     batch, num_kv_heads, group, q_len, head_dim = q.shape
     kv_len, v_head_dim = v.shape[2:]
     heads, block_q, chunk, chunks = blocks.kv_heads, blocks.block_q, blocks.chunk(kv_len), blocks.chunks(kv_len)
-    q_blocks = q_len // block_q
-    parts = group // blocks.heads_of(group)
+    q_blocks, splits = q_len // block_q, blocks.group_splits
+    parts = group // splits // blocks.heads_of(group)
 
     def in_parts(x):
-        return x.reshape(batch, num_kv_heads, parts, blocks.heads_of(group), *x.shape[3:])
+        return x.reshape(batch, num_kv_heads * splits, parts, blocks.heads_of(group), *x.shape[3:])
 
     def block(b, c, i, begins_ref):
         return query_block(begins_ref, b, c, i, chunks, q_blocks)
@@ -80,12 +81,15 @@ def attention_backward(
         return b, h, part, 0, block(b, c, i, begins_ref), 0
 
     def by_key(b, h, c, *_):
+        return b, lax.div(h, jnp.int32(splits)), c, 0
+
+    def by_split(b, h, c, *_):
         return b, h, c, 0
 
     q_spec = pl.BlockSpec((None, heads, None, blocks.heads_of(group), block_q, head_dim), by_query)
     out_spec = pl.BlockSpec((None, heads, None, blocks.heads_of(group), block_q, v_head_dim), by_query)
-    k_spec = pl.BlockSpec((None, heads, chunk, head_dim), by_key)
-    v_spec = pl.BlockSpec((None, heads, chunk, v_head_dim), by_key)
+    k_spec, v_spec = (pl.BlockSpec((None, heads, chunk, width), by_key) for width in (head_dim, v_head_dim))
+    dk_spec, dv_spec = (pl.BlockSpec((None, heads, chunk, width), by_split) for width in (head_dim, v_head_dim))
     stat_spec = pl.BlockSpec((None, heads, None, blocks.heads_of(group), block_q), lambda *at: by_query(*at)[:5])
     bound_spec = pl.BlockSpec(
         (None, 1, block_q), lambda b, h, c, part, i, _, begins_ref: (b, 0, block(b, c, i, begins_ref))
@@ -97,11 +101,12 @@ def attention_backward(
     if out_error is not None:
         operands.append(in_parts(out_error))
         in_specs.append(out_spec)
-    out_specs = [k_spec, v_spec, q_spec, stat_spec]
+    out_specs = [dk_spec, dv_spec, q_spec, stat_spec]
     shape_of = partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(q).manual_axis_type)
+    key_dtype = k.dtype if splits == 1 else jnp.float32
     out_shapes = [
-        shape_of(k.shape, k.dtype),
-        shape_of(v.shape, v.dtype),
+        shape_of((batch, num_kv_heads * splits, kv_len, head_dim), key_dtype),
+        shape_of((batch, num_kv_heads * splits, kv_len, v_head_dim), key_dtype),
         shape_of(in_parts(q).shape, q.dtype),
         shape_of(in_parts(lse).shape, jnp.float32),
     ]
@@ -118,7 +123,7 @@ def attention_backward(
         partial(kernel, static=static, has_out_error=out_error is not None, num_chunks=chunks, q_blocks=q_blocks),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(batch, num_kv_heads // heads, chunks, parts, plan.steps),
+            grid=(batch, num_kv_heads * splits // heads, chunks, parts, plan.steps),
             in_specs=in_specs,
             out_specs=out_specs,
             scratch_shapes=_scratch_shapes(q, v, blocks),
@@ -133,6 +138,8 @@ def attention_backward(
         name="attention_backward",
         interpret=interpret,
     )(plan.tiles, plan.begins, *operands)
+    if splits > 1:
+        dk, dv = (x.reshape(*k.shape[:2], splits, *x.shape[2:]).sum(axis=2).astype(k.dtype) for x in (dk, dv))
     delta = in_kernel[0].reshape(lse.shape) if in_kernel else _delta(out, out_error, dout, intervals)
     return dq.reshape(q.shape).astype(q.dtype), dk, dv, delta
 
@@ -188,6 +195,7 @@ def _check(q, k, blocks: BackwardBlocks) -> None:
         "q_len": (q.shape[3], "block_q", blocks.block_q),
         "kv_len": (k.shape[2], "block_kv", blocks.block_kv),
         "num_kv_heads": (q.shape[1], "kv_heads", blocks.kv_heads),
+        "group": (q.shape[2], "group_splits", blocks.group_splits),
     }
     for name, (extent, block, size) in extents.items():
         if extent % size:

@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from grug_kernels.attention.pallas_tpu_forward_kernel import Results, Static, kernel
 from grug_kernels.attention.tpu_forward_blocks import ForwardBlocks
+from grug_kernels.attention.tpu_forward_plan import PLAN_INTS
 
 
 def attention_forward(
@@ -35,7 +36,7 @@ def attention_forward(
 
     def keys(b, h, i, c, plan_ref, *_):
         """Keys that are not visited are not fetched either: the index stays where it was."""
-        at, tiles = 4 * (b * grid[2] + i), in_vmem // blocks.block_kv
+        at, tiles = PLAN_INTS * (b * grid[2] + i), in_vmem // blocks.block_kv
         first = lax.div(plan_ref[at], jnp.int32(tiles))
         last = lax.div(jnp.maximum(plan_ref[at + 3] - 1, 0), jnp.int32(tiles))
         chunk = jnp.clip(c, jnp.minimum(first, last), last) if grid[3] > 1 else 0
@@ -92,10 +93,10 @@ def attention_forward(
 
 def _scratch_shapes(blocks: ForwardBlocks, group_heads: int, v) -> list[Any]:
     """As `_Refs` has them, from reference on."""
-    chunks = blocks.kv_heads * group_heads * blocks.block_q // blocks.row_chunk
-    row = pltpu.VMEM((chunks, 1, blocks.row_chunk), jnp.float32)
-    weighted = pltpu.VMEM((chunks, v.shape[-1], blocks.row_chunk), jnp.float32)
-    stage = (2, blocks.block_kv, blocks.row_chunk)
+    heads = blocks.kv_heads * group_heads
+    row = pltpu.VMEM((heads, *blocks.as_tile(1, blocks.block_q)), jnp.float32)
+    weighted = pltpu.VMEM((heads, *blocks.as_tile(v.shape[-1], blocks.block_q)), jnp.float32)
+    stage = (2, *blocks.as_tile(blocks.block_kv, blocks.row_chunk))
     stages = [pltpu.VMEM(stage, v.dtype), pltpu.VMEM(stage, jnp.float32)]
     return [row, row, row, weighted, row, *stages, row, row, weighted]
 

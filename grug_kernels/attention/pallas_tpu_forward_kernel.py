@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel of the forward pass: one for every mask, scores transposed, softmax in base 2.
+"""The kernel of the forward pass: one for every mask, softmax in base 2.
 
 A grid step takes `block_q` queries of every head of `kv_heads` groups against the keys that lie in VMEM, mostly all of
 them. It loops over tiles of `block_kv` keys: those that its plan names, and no others. In a tile the queries come in
-row chunks, `row_chunk` queries of one head each, whose scores are [keys, queries]:
+row chunks, `row_chunk` queries of one head each. `blocks.transposed` says which way their scores lie:
 
     scores^T  = k q^T      [block_kv, row_chunk]      queries on lanes: maximum and sum are reductions over sublanes
     out^T    += v^T p      [v_head_dim, row_chunk]    p is what stays in the matrix unit, and fills it
 
-so that nothing but the result is ever transposed. Row chunks are a pipeline: while the matrix unit makes the scores of
+    scores    = q k^T      [row_chunk, block_kv]      queries on sublanes: maximum and sum are reductions over lanes
+    out      += p v        [row_chunk, v_head_dim]    v is what stays in the matrix unit
+
+so that no tile of scores is ever transposed. Row chunks are a pipeline: while the matrix unit makes the scores of
 chunk n + 1, the vector unit takes the softmax of chunk n, and chunk n - 1 is multiplied with v. The compiler does not
 find this order by itself. What is handed on by way of VMEM, written out, it need not spill.
 
@@ -23,6 +26,8 @@ ways to have one, chosen at run time, and all are exact:
 """
 
 from dataclasses import dataclass
+from enum import Enum, auto
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -30,6 +35,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from grug_kernels.attention.tpu_forward_blocks import ForwardBlocks
+from grug_kernels.attention.tpu_forward_plan import PLAN_INTS
 from grug_kernels.attention.tpu_matmul import LOG2_E, matmul
 
 # Stands for "no score yet". Finite: -inf - -inf is NaN, and would poison queries that see nothing.
@@ -53,6 +59,11 @@ class Static:
     softmax: Softmax | None = None
 
     @property
+    def keys_axis(self) -> int:
+        """Of a tile of scores."""
+        return 0 if self.blocks.transposed else 1
+
+    @property
     def natural_scale(self) -> float:
         """Scores as the kernel keeps them, q k or tanh(...), times this are the natural logarithms of the weights."""
         return self.sm_scale if self.logit_soft_cap is None else self.logit_soft_cap
@@ -73,7 +84,8 @@ class Results(NamedTuple):
 
 
 class _Refs(NamedTuple):
-    """Of one grid step, those with a leading axis `chunks` for the row chunks of `_row_chunks`, all float32.
+    """Of one grid step, those with a leading axis `chunks` for the row chunks of `_row_chunks`, all float32. Shapes of
+    transposed scores; the axes after the first are exchanged where they are not.
 
     q [kv_heads, group, block_q, head_dim]; k, v [kv_heads, keys, head_dim | v_head_dim]; lower, upper [1, block_q]
     reference, largest, total [chunks, 1, row_chunk]: of the weights so far, of all scores so far, sum of the weights
@@ -99,13 +111,37 @@ class _Refs(NamedTuple):
 
 
 class _Tiles(NamedTuple):
-    """Key tiles first <= n < last of a step, those from whole_first to whole_end whole. begin: the tile of k[0]."""
+    """Key tiles first <= n < last of a step, those from whole_first to whole_end whole. begin: the tile of k[0];
+    early_end, late_start: keys; see `forward_plan`."""
 
+    begin: Any
     first: Any
     whole_first: Any
     whole_end: Any
     last: Any
-    begin: Any
+    early_end: Any
+    late_start: Any
+
+
+class _Shape(Enum):
+    """Of a tile. UPPER: the first half of the queries sees nothing of its second half of keys, as on the diagonal of a
+    causal mask. LOWER: the second half sees nothing of its first half, as where a sliding window begins."""
+
+    WHOLE = auto()
+    MASKED = auto()
+    UPPER = auto()
+    LOWER = auto()
+
+
+class _Chunk(NamedTuple):
+    """Queries of one head against keys of a tile: what is in a stage of the pipeline."""
+
+    kv_head: int
+    head: int
+    first_query: int
+    num_queries: int
+    first_key: int
+    num_keys: int
 
 
 def kernel(plan_ref, k_norm_ref, sinks_ref, q_ref, k_ref, v_ref, lower_ref, upper_ref, *refs, static: Static):
@@ -124,8 +160,9 @@ def kernel(plan_ref, k_norm_ref, sinks_ref, q_ref, k_ref, v_ref, lower_ref, uppe
 
     per_chunk = k_ref.shape[1] // static.blocks.block_kv
     begin = key_chunk * per_chunk
-    at = 4 * (row * pl.num_programs(2) + query_block)
-    tiles = _Tiles(*(jnp.clip(plan_ref[at + i], begin, begin + per_chunk) for i in range(4)), begin=begin)
+    at = PLAN_INTS * (row * pl.num_programs(2) + query_block)
+    clipped = (jnp.clip(plan_ref[at + i], begin, begin + per_chunk) for i in range(4))
+    tiles = _Tiles(begin, *clipped, early_end=plan_ref[at + 4], late_start=plan_ref[at + 5])
 
     @pl.when(is_bounded)
     def bounded():
@@ -174,108 +211,163 @@ def _with_a_maximum(static: Static, refs: _Refs, tiles: _Tiles) -> None:
 
     attempt(0, None)
     if static.softmax is None:
-        too_far = jnp.max(refs.excess[...]) * static.log2_scale > BOUND
+        lower, upper = (_by_query(static, bound[...]) for bound in (refs.lower, refs.upper))
+        # Of a query that sees nothing the reference stays NO_SCORE.
+        too_far = jnp.max(jnp.where(lower < upper, refs.excess[...], 0.0)) * static.log2_scale > BOUND
         lax.fori_loop(1, jnp.where(too_far, 2, 1), attempt, None)
 
 
 def _masked_tiles(static: Static, refs: _Refs, tiles: _Tiles, softmax: Softmax) -> None:
     """Those before the whole ones and those after, in one loop."""
-    before = tiles.whole_first - tiles.first
+    before, block_kv = tiles.whole_first - tiles.first, static.blocks.block_kv
 
     def body(i, _):
         tile = jnp.where(i < before, tiles.first + i, tiles.whole_end + i - before)
-        _tile(static, refs, tile, tiles.begin, softmax, is_masked=True)
+        middle = tile * block_kv + block_kv // 2
+        is_early_done, is_late_pending = tiles.early_end <= middle, tiles.late_start >= middle
+        shape = jnp.where(is_early_done, 1, jnp.where(is_late_pending, 2, 0))
+        bodies = (_Shape.MASKED, _Shape.UPPER, _Shape.LOWER)
+        lax.switch(shape, [partial(_tile, static, refs, tile, tiles.begin, softmax, shape) for shape in bodies])
 
     lax.fori_loop(0, before + tiles.last - tiles.whole_end, body, None)
 
 
 def _whole_tiles(static: Static, refs: _Refs, tiles: _Tiles, first, end, softmax: Softmax) -> None:
-    lax.fori_loop(first, end, lambda tile, _: _tile(static, refs, tile, tiles.begin, softmax, is_masked=False), None)
+    lax.fori_loop(first, end, lambda tile, _: _tile(static, refs, tile, tiles.begin, softmax, _Shape.WHOLE), None)
 
 
-def _row_chunks(refs: _Refs, row_chunk: int) -> list[tuple[int, int, int]]:
-    """(key head, head of its group, first query) of each row chunk."""
+def _row_chunks(static: Static, refs: _Refs, shape: _Shape) -> list[_Chunk]:
+    """Of a tile of this shape."""
+    blocks = static.blocks
     kv_heads, group, block_q, _ = refs.q.shape
-    return [(h, g, s) for h in range(kv_heads) for g in range(group) for s in range(0, block_q, row_chunk)]
+    half_q, half_kv = block_q // 2, blocks.block_kv // 2
+    num_queries = blocks.row_chunk if shape in (_Shape.WHOLE, _Shape.MASKED) else min(blocks.row_chunk, half_q)
+
+    def keys(start: int) -> tuple[int, int]:
+        if shape == _Shape.UPPER and start < half_q:
+            return 0, half_kv
+        if shape == _Shape.LOWER and start >= half_q:
+            return half_kv, half_kv
+        return 0, blocks.block_kv
+
+    starts = range(0, block_q, num_queries)
+    return [_Chunk(h, g, s, num_queries, *keys(s)) for h in range(kv_heads) for g in range(group) for s in starts]
 
 
-def _tile(static: Static, refs: _Refs, tile, begin, softmax: Softmax, *, is_masked: bool) -> None:
+def _statistic(static: Static, refs: _Refs, ref, chunk: _Chunk):
+    """The part of a statistic, or of what is weighted, that belongs to a chunk."""
+    head, queries = chunk.kv_head * refs.q.shape[1] + chunk.head, pl.ds(chunk.first_query, chunk.num_queries)
+    return ref.at[head, :, queries] if static.blocks.transposed else ref.at[head, queries, :]
+
+
+def _tile(static: Static, refs: _Refs, tile, begin, softmax: Softmax, shape: _Shape) -> None:
     """Adds a key tile to every row chunk, three stages of a pipeline at a time."""
-    block_kv = static.blocks.block_kv
-    keys = pl.ds(pl.multiple_of((tile - begin) * block_kv, block_kv), block_kv)
-    chunks = _row_chunks(refs, static.blocks.row_chunk)
-    values = [refs.v[h, keys, :].T for h in range(refs.v.shape[0])]
+    block_kv, is_transposed, as_tile = static.blocks.block_kv, static.blocks.transposed, static.blocks.as_tile
+    chunks = _row_chunks(static, refs, shape)
+
+    def keys(chunk):
+        start = pl.multiple_of((tile - begin) * block_kv + chunk.first_key, chunk.num_keys)
+        return pl.ds(start, chunk.num_keys)
+
+    def stage(ref, n):
+        """The part of refs.weights or refs.scores that chunk n uses."""
+        return ref.at[n % 2, *as_tile(pl.ds(0, chunks[n].num_keys), pl.ds(0, chunks[n].num_queries))]
 
     def scores(n):
-        h, g, s = chunks[n]
-        queries = pl.ds(s, static.blocks.row_chunk)
-        z = matmul(refs.k[h, keys, :], refs.q[h, g, queries, :], contract=(1, 1))
+        chunk = chunks[n]
+        queries = pl.ds(chunk.first_query, chunk.num_queries)
+        k, q = refs.k[chunk.kv_head, keys(chunk), :], refs.q[chunk.kv_head, chunk.head, queries, :]
+        z = matmul(*as_tile(k, q), contract=(1, 1))
         if static.logit_soft_cap is not None:
             z = jnp.tanh(z * (static.sm_scale / static.logit_soft_cap))
-        if not is_masked:
+        if shape == _Shape.WHOLE:
             return z
-        lower, upper = refs.lower[:, queries], refs.upper[:, queries]
-        position = tile * block_kv + lax.broadcasted_iota(jnp.int32, z.shape, 0)
+        lower, upper = (_by_query(static, bound[:, queries]) for bound in (refs.lower, refs.upper))
+        first = tile * block_kv + chunk.first_key
+        position = first + lax.broadcasted_iota(jnp.int32, z.shape, static.keys_axis)
         # One comparison for two: below lower, the difference wraps around to more than any length.
         is_seen = (position - lower).astype(jnp.uint32) < (upper - lower).astype(jnp.uint32)
         return jnp.where(is_seen, z, NO_SCORE)
 
     def add(n, rescale):
-        added = matmul(values[chunks[n][0]], refs.weights[n % 2], contract=(1, 0))
-        refs.weighted[n] = (refs.weighted[n] if rescale is None else rescale * refs.weighted[n]) + added
+        v = refs.v[chunks[n].kv_head, keys(chunks[n]), :]
+        added = matmul(*as_tile(v.T if is_transposed else v, stage(refs.weights, n)[...]), contract=(1, 0))
+        weighted = _statistic(static, refs, refs.weighted, chunks[n])
+        weighted[...] = (weighted[...] if rescale is None else rescale * weighted[...]) + added
 
-    waiting, rescale = _stored(refs, 0, scores(0), softmax), None
-    for n in range(len(chunks)):
-        following = _stored(refs, n + 1, scores(n + 1), softmax) if n + 1 < len(chunks) else None
-        weights, next_rescale = _softmax(static, refs, n, waiting, softmax)
-        refs.weights[n % 2] = weights.astype(refs.v.dtype)
+    waiting, rescale = _stored(static, stage(refs.scores, 0), scores(0), softmax), None
+    for n, chunk in enumerate(chunks):
+        following = None
+        if n + 1 < len(chunks):
+            following = _stored(static, stage(refs.scores, n + 1), scores(n + 1), softmax)
+        weights, next_rescale = _softmax(static, refs, chunk, stage(refs.scores, n), waiting, softmax)
+        stage(refs.weights, n)[...] = weights.astype(refs.v.dtype)
         if n:
             add(n - 1, rescale)
         waiting, rescale = following, next_rescale
     add(len(chunks) - 1, rescale)
 
 
-def _stored(refs: _Refs, n: int, z, softmax: Softmax):
-    """(z, None); or where exponentials have to wait for the maximum, (None, that maximum) and z in refs.scores."""
+def _by_query(static: Static, row):
+    """[1, queries] as statistics lie: as it is where scores are transposed, else [queries, 1]."""
+    return row if static.blocks.transposed else _turned(row)
+
+
+def _turned(x):
+    """[1, n] as [n, 1], or back. The transpose is of whole registers."""
+    eight = jnp.broadcast_to(x, (8, x.shape[1]) if x.shape[0] == 1 else (x.shape[0], 8)).T
+    return eight[:, :1] if x.shape[0] == 1 else eight[:1]
+
+
+def _stored(static: Static, scores_ref, z, softmax: Softmax):
+    """(z, None); or where exponentials have to wait for the maximum, (None, that maximum) and z in scores_ref."""
     if softmax != "exact":
         return z, None
-    refs.scores[n % 2] = z
-    return None, jnp.max(z, axis=0, keepdims=True)
+    scores_ref[...] = z
+    return None, jnp.max(z, axis=static.keys_axis, keepdims=True)
 
 
-def _softmax(static: Static, refs: _Refs, n: int, stored, softmax: Softmax):
-    """Weights of the scores of row chunk n, and what brings to their reference what was weighted before them.
+def _softmax(static: Static, refs: _Refs, chunk: _Chunk, scores_ref, stored, softmax: Softmax):
+    """Weights of the scores of a row chunk, and what brings to their reference what was weighted before them.
 
     stored: see `_stored`.
     """
     z, largest = stored
+    keys_axis, of_chunk = static.keys_axis, partial(_statistic, static, refs, chunk=chunk)
+    total = of_chunk(refs.total)
     if softmax == "bounded":
         if static.with_max_logits:
-            refs.largest[n] = jnp.maximum(refs.largest[n], jnp.max(z, axis=0, keepdims=True))
+            largest = of_chunk(refs.largest)
+            largest[...] = jnp.maximum(largest[...], jnp.max(z, axis=keys_axis, keepdims=True))
         weights = jnp.exp2(z * static.log2_scale)
-        refs.total[n] += jnp.sum(weights, axis=0, keepdims=True)
+        total[...] += jnp.sum(weights, axis=keys_axis, keepdims=True)
         return weights, None
-    before = refs.largest[n]
+    largest_ref, reference_ref, excess = (of_chunk(ref) for ref in (refs.largest, refs.reference, refs.excess))
+    before = largest_ref[...]
     if softmax == "exact":
-        z, reference = refs.scores[n % 2], jnp.maximum(before, largest)
+        z, reference = scores_ref[...], jnp.maximum(before, largest)
     else:
-        largest, reference = jnp.max(z, axis=0, keepdims=True), before
-        refs.excess[n] = jnp.maximum(refs.excess[n], largest - reference)
+        largest, reference = jnp.max(z, axis=keys_axis, keepdims=True), before
+        excess[...] = jnp.maximum(excess[...], largest - reference)
     weights = jnp.exp2((z - reference) * static.log2_scale)
-    rescale = jnp.exp2((refs.reference[n] - reference) * static.log2_scale)
-    refs.reference[n], refs.largest[n] = reference, jnp.maximum(before, largest)
-    refs.total[n] = rescale * refs.total[n] + jnp.sum(weights, axis=0, keepdims=True)
+    rescale = jnp.exp2((reference_ref[...] - reference) * static.log2_scale)
+    reference_ref[...], largest_ref[...] = reference, jnp.maximum(before, largest)
+    total[...] = rescale * total[...] + jnp.sum(weights, axis=keys_axis, keepdims=True)
     return weights, rescale
 
 
 def _finish(static: Static, refs: _Refs, sinks_ref, head, results: Results) -> None:
     """out = weighted / total, and lse. A sink is one more weight. Who sees nothing gets 0, and lse -inf or the sink."""
     kv_heads, group, *_ = refs.q.shape
-    for n, (h, g, s) in enumerate(_row_chunks(refs, static.blocks.row_chunk)):
-        queries = pl.ds(s, static.blocks.row_chunk)
-        sees = refs.lower[:, queries] < refs.upper[:, queries]
-        reference = jnp.where(sees, refs.reference[n] * static.natural_scale, NO_SCORE)
-        total, scale = jnp.where(sees, refs.total[n], 0.0), jnp.ones_like(reference)
+    for chunk in _row_chunks(static, refs, _Shape.WHOLE):
+        h, g, queries = chunk.kv_head, chunk.head, pl.ds(chunk.first_query, chunk.num_queries)
+        reference, total, weighted = (
+            _statistic(static, refs, ref, chunk)[...] for ref in (refs.reference, refs.total, refs.weighted)
+        )
+        lower, upper = (_by_query(static, bound[:, queries]) for bound in (refs.lower, refs.upper))
+        sees = lower < upper
+        reference = jnp.where(sees, reference * static.natural_scale, NO_SCORE)
+        total, scale = jnp.where(sees, total, 0.0), jnp.ones_like(reference)
         if sinks_ref is not None:
             sink = sinks_ref[(head * kv_heads + h) * group + g]
             with_sink = jnp.maximum(reference, sink)
@@ -283,12 +375,15 @@ def _finish(static: Static, refs: _Refs, sinks_ref, head, results: Results) -> N
             total, reference = scale * total + jnp.exp2((sink - with_sink) * LOG2_E), with_sink
         is_empty = total == 0.0
         total = jnp.where(is_empty, 1.0, total)
-        out = jnp.where(sees, refs.weighted[n] * (scale / total), 0.0)
-        out = out.T
+        out = jnp.where(sees, weighted * (scale / total), 0.0)
+        out = out.T if static.blocks.transposed else out
         results.out[h, g, queries, :] = out.astype(results.out.dtype)
         if results.error is not None:
             error = out - out.astype(results.out.dtype).astype(jnp.float32)
             results.error[h, g, queries, :] = error.astype(results.error.dtype)
-        results.lse[h, g, :, queries] = jnp.where(is_empty, -jnp.inf, reference + jnp.log(total))
+        lse = jnp.where(is_empty, -jnp.inf, reference + jnp.log(total))
+        results.lse[h, g, :, queries] = lse if static.blocks.transposed else _turned(lse)
         if results.max_logits is not None:
-            results.max_logits[h, g, :, queries] = jnp.where(sees, refs.largest[n] * static.natural_scale, -jnp.inf)
+            largest = _statistic(static, refs, refs.largest, chunk)[...] * static.natural_scale
+            largest = jnp.where(sees, largest, -jnp.inf)
+            results.max_logits[h, g, :, queries] = largest if static.blocks.transposed else _turned(largest)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the backward kernel is cut: sizes, what VMEM they take, and the choice for each chip."""
 
-import math
 from dataclasses import dataclass, replace
 
-from grug_kernels.attention.tpu_vmem import lanes, vmem_of, with_longest_chunk
+from grug_kernels.attention.tpu_vmem import cores_of, lanes, vmem_of, with_longest_chunk
 
 
 @dataclass(frozen=True)
@@ -15,6 +14,8 @@ class BackwardBlocks:
     row_chunk: queries of one head that are in the pipeline at a time; an even number of them is in a block.
     kv_heads: key heads of one grid step.
     group_heads: at most so many query heads of each of them. Code, and compile time, grow with their number.
+    group_splits: parts of a group that go to different TensorCores, each with sums of dk and dv of its own, in float32,
+    added by XLA. For chips with two of them and a single key head, which would leave one idle.
     key_chunk: keys whose dk and dv are summed in VMEM at once. Beyond that length dq goes through HBM between chunks.
     transposed_keys: sum dk and dv as [head_dim, keys]. Better where the matrix unit is wider than head_dim.
     vmem_limit: bytes of VMEM that the compiler may use.
@@ -28,6 +29,7 @@ class BackwardBlocks:
     row_chunk: int = 256
     kv_heads: int = 1
     group_heads: int = 4
+    group_splits: int = 1
     key_chunk: int = 8192
     transposed_keys: bool = True
     vmem_limit: int = 100 * 2**20
@@ -43,9 +45,15 @@ class BackwardBlocks:
                 f"attention backward: key_chunk={self.key_chunk} is no multiple of block_kv={self.block_kv}."
             )
 
+        if self.group_splits > 1 and self.kv_heads > 1:
+            raise ValueError(
+                f"attention backward: group_splits={self.group_splits} with kv_heads={self.kv_heads}. A group is split"
+                " where there are too few key heads: take kv_heads=1."
+            )
+
     def heads_of(self, group: int) -> int:
-        """Query heads of a group in one grid step: the most that divide it."""
-        return max(n for n in range(1, self.group_heads + 1) if group % n == 0)
+        """Query heads of a group in one grid step: the most that divide a part of it."""
+        return max(n for n in range(1, self.group_heads + 1) if group // self.group_splits % n == 0)
 
     def chunk(self, kv_len: int) -> int:
         return min(self.key_chunk, kv_len)
@@ -68,8 +76,8 @@ class BackwardShape:
     out_error_itemsize: int = 0
 
 
-def vmem_bytes(shape: BackwardShape, blocks: BackwardBlocks) -> int:
-    """Of one grid step. What the compiler adds, spilled registers, is a few KiB in bfloat16."""
+def vmem_terms(shape: BackwardShape, blocks: BackwardBlocks) -> dict[str, int]:
+    """Bytes of one grid step by use. What the compiler adds, spilled registers, is a few KiB in bfloat16."""
     heads, block_q, block_kv = blocks.kv_heads, blocks.block_q, blocks.block_kv
     group, chunk = blocks.heads_of(shape.group), blocks.chunk(shape.kv_len)
     width, v_width = (lanes(x) for x in (shape.head_dim, shape.v_head_dim))
@@ -77,21 +85,27 @@ def vmem_bytes(shape: BackwardShape, blocks: BackwardBlocks) -> int:
     statistic = heads * _sublanes(group) * block_q * 4
     has_one_chunk = blocks.chunks(shape.kv_len) == 1
     q_rows = queries * width * item
-    terms = [
-        2 * q_rows * (2 if has_one_chunk else 1),  # q and dq; windows are doubled, one being filled as one is used
-        2 * 2 * queries * v_width * item,  # out, dout
-        2 * queries * v_width * shape.out_error_itemsize,
-        2 * 2 * keys * (width + v_width) * item,  # k, v, dk, dv
-        2 * 3 * statistic,  # lse, dlse, delta
-        2 * 2 * block_q * 4,  # lower, upper
-        heads * group * (shape.head_dim + shape.v_head_dim) * block_q * item,  # q_t, dout_t
-        2 * statistic,  # lse in base 2, shift
-        heads * group * shape.head_dim * block_q * 4,  # dq
-        keys * (shape.head_dim + shape.v_head_dim if blocks.transposed_keys else width + v_width) * 4,  # dk, dv
-        4 * block_kv * lanes(blocks.row_chunk) * item,  # p and ds, twice
-        0 if has_one_chunk else 2 * queries * width * 4,  # dq from and to HBM
-    ]
-    return sum(terms)
+    key_sums = shape.head_dim + shape.v_head_dim if blocks.transposed_keys else width + v_width
+    return {
+        # Windows are doubled, one being filled as one is used.
+        "q": 2 * q_rows,
+        "dq": 2 * q_rows if has_one_chunk else 2 * queries * width * 4,  # float32 from and to HBM between chunks
+        "out, dout": 2 * 2 * queries * v_width * item,
+        "error of out": 2 * queries * v_width * shape.out_error_itemsize,
+        "k, v": 2 * keys * (width + v_width) * item,
+        "dk, dv": 2 * keys * (width + v_width) * (item if blocks.group_splits == 1 else 4),
+        "lse, dlse, delta": 2 * 3 * statistic,
+        "bounds": 2 * 2 * block_q * 4,
+        "q, dout transposed": heads * group * (shape.head_dim + shape.v_head_dim) * block_q * item,
+        "statistics": 2 * statistic,  # lse in base 2, shift
+        "sum of dq": heads * group * shape.head_dim * block_q * 4,
+        "sums of dk, dv": keys * key_sums * 4,
+        "p, ds": 4 * block_kv * lanes(blocks.row_chunk) * item,
+    }
+
+
+def vmem_bytes(shape: BackwardShape, blocks: BackwardBlocks) -> int:
+    return sum(vmem_terms(shape, blocks).values())
 
 
 # Left to the compiler of the VMEM that a chip has, for itself and for registers that it spills.
@@ -106,14 +120,26 @@ def default_backward_blocks(shape: BackwardShape, chip: str) -> BackwardBlocks:
     Raises:
       UnsupportedError: one tile does not fit into the chip's VMEM.
     """
+    cores = cores_of(chip)
     blocks = BackwardBlocks(
-        kv_heads=math.gcd(shape.num_kv_heads, 2) if shape.group == 1 else 1,
+        # Two heads for row chunks to take turns, an even number of grid steps for two cores.
+        kv_heads=2 if shape.group == 1 and shape.num_kv_heads % (2 * cores) == 0 else 1,
+        group_splits=2 if cores == 2 and shape.num_kv_heads % 2 and shape.group % 2 == 0 else 1,
         transposed_keys=_MATRIX_WIDTH.get(chip, 128) > shape.head_dim,
         vmem_limit=int(_USABLE * vmem_of(chip)),
     )
     if shape.itemsize > 2:  # Six products for one, each of parts of its operands: less is in flight at a time.
         blocks = replace(blocks, block_q=256, block_kv=256, row_chunk=128, key_chunk=256)
-    return with_longest_chunk("backward", blocks, shape, chip, _FOR_BUFFERS, vmem_bytes)
+    return fit_backward(blocks, shape, chip)
+
+
+def fit_backward(blocks: BackwardBlocks, shape: BackwardShape, chip: str) -> BackwardBlocks:
+    """`blocks` with the longest key chunk that the chip's VMEM holds.
+
+    Raises:
+      UnsupportedError: one tile does not fit; the message adds up what it takes.
+    """
+    return with_longest_chunk("backward", blocks, shape, chip, _FOR_BUFFERS, vmem_terms)
 
 
 def _sublanes(rows: int) -> int:

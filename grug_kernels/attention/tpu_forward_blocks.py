@@ -2,6 +2,7 @@
 """How the forward kernel is cut: sizes, what VMEM they take, and the choice for each chip."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from grug_kernels.attention.tpu_vmem import lanes, vmem_of, with_longest_chunk
 
@@ -11,10 +12,12 @@ class ForwardBlocks:
     """How the forward pass is cut.
 
     block_q, block_kv: one tile, queries against keys. Lengths are whole numbers of them.
-    row_chunk: queries of one head in a stage of the pipeline; divides block_q.
+    row_chunk: queries of one head in a stage of the pipeline; divides block_q, and is all of it or divides its half.
     kv_heads: key heads of one grid step. group_heads: at most so many query heads of each of them. Together with
     block_q they make the row chunks of a tile, and code and compile time grow with their number.
     key_chunk: keys of a head that are in VMEM at a time.
+    transposed: scores as [keys, queries], q and the weights being what stays in the matrix unit; else [queries, keys],
+    and k and v. Transposed, the unit takes a new weight for each of v_head_dim rows that pass it, not of row_chunk.
     vmem_limit: bytes of VMEM that the compiler may use.
 
     Raises:
@@ -27,13 +30,19 @@ class ForwardBlocks:
     kv_heads: int = 1
     group_heads: int = 4
     key_chunk: int = 8192
+    transposed: bool = True
     vmem_limit: int = 100 * 2**20
 
     def __post_init__(self):
-        if self.block_q % self.row_chunk:
+        if self.block_q % self.row_chunk or (self.row_chunk < self.block_q and self.block_q % (2 * self.row_chunk)):
             raise ValueError(
-                f"attention forward: block_q={self.block_q} is no multiple of row_chunk={self.row_chunk}, the queries"
-                " that go through it at a time."
+                f"attention forward: row_chunk={self.row_chunk} is neither block_q={self.block_q} nor a divisor of its"
+                " half. Tiles may need half of their queries: choose one that is."
+            )
+        if self.block_q % 2 or self.block_kv % 2:
+            raise ValueError(
+                f"attention forward: block_q={self.block_q}, block_kv={self.block_kv}; tiles are cut in half, and both"
+                " have to be even."
             )
         if self.key_chunk % self.block_kv:
             raise ValueError(
@@ -46,6 +55,10 @@ class ForwardBlocks:
 
     def chunk(self, kv_len: int) -> int:
         return min(self.key_chunk, kv_len)
+
+    def as_tile(self, keys: Any, queries: Any) -> tuple[Any, Any]:
+        """In the order of the axes of a tile of scores."""
+        return (keys, queries) if self.transposed else (queries, keys)
 
 
 @dataclass(frozen=True)
@@ -61,22 +74,31 @@ class ForwardShape:
     with_error: bool = True
 
 
-def vmem_bytes(shape: ForwardShape, blocks: ForwardBlocks) -> int:
-    """Of one grid step, without the registers that the compiler spills."""
-    rows = blocks.kv_heads * blocks.heads_of(shape.group) * blocks.block_q
-    keys = blocks.kv_heads * blocks.chunk(shape.kv_len)
+def vmem_terms(shape: ForwardShape, blocks: ForwardBlocks) -> dict[str, int]:
+    """Bytes of one grid step by use, without the registers that the compiler spills."""
+    heads = blocks.kv_heads * blocks.heads_of(shape.group)
+    rows, keys = heads * blocks.block_q, blocks.kv_heads * blocks.chunk(shape.kv_len)
     width, v_width, item = lanes(shape.head_dim), lanes(shape.v_head_dim), shape.itemsize
-    terms = [
-        2 * rows * width * item,  # q; windows are doubled, one being filled as one is used
-        2 * keys * (width + v_width) * item,  # k, v
-        2 * 2 * 8 * blocks.block_q * 4,  # lower, upper; a row takes a tile of eight
-        2 * rows * v_width * item * (2 if shape.with_error else 1),  # out and its error
-        2 * 8 * rows * 4,  # lse
-        6 * 8 * rows * 4,  # reference, largest, total, excess; reference and total saved
-        2 * rows * shape.v_head_dim * 4,  # weighted, and saved
-        2 * blocks.block_kv * blocks.row_chunk * (item + 4),  # weights and scores between the stages
-    ]
-    return sum(terms)
+    statistic = rows * 4 * (8 if blocks.transposed else 128)  # a row takes a tile of 8, a column one of 128
+    weighted = rows * 4 * (shape.v_head_dim if blocks.transposed else v_width)
+    return {
+        # Windows are doubled, one being filled as one is used.
+        "q": 2 * rows * width * item,
+        "k": 2 * keys * width * item,
+        "v": 2 * keys * v_width * item,
+        "bounds": 2 * 2 * 8 * blocks.block_q * 4,
+        "out": 2 * rows * v_width * item,
+        "error of out": 2 * rows * v_width * item if shape.with_error else 0,
+        "lse": 2 * 8 * rows * 4,
+        "statistics": 6 * statistic,  # reference, largest, total, excess; reference and total saved
+        "weighted values": 2 * weighted,  # and saved
+        "scores": 2 * blocks.block_kv * blocks.row_chunk * 4,
+        "weights": 2 * blocks.block_kv * blocks.row_chunk * item,
+    }
+
+
+def vmem_bytes(shape: ForwardShape, blocks: ForwardBlocks) -> int:
+    return sum(vmem_terms(shape, blocks).values())
 
 
 # Left to the compiler of the VMEM that a chip has, for itself and for registers that it spills.
@@ -97,4 +119,13 @@ def default_forward_blocks(shape: ForwardShape, chip: str) -> ForwardBlocks:
         blocks = replace(blocks, block_q=256, block_kv=256, row_chunk=256)
     wanted = max(1, _ROW_CHUNKS // blocks.heads_of(shape.group))
     blocks = replace(blocks, kv_heads=max(n for n in range(1, wanted + 1) if shape.num_kv_heads % n == 0))
-    return with_longest_chunk("forward", blocks, shape, chip, _FOR_BUFFERS, vmem_bytes)
+    return fit_forward(blocks, shape, chip)
+
+
+def fit_forward(blocks: ForwardBlocks, shape: ForwardShape, chip: str) -> ForwardBlocks:
+    """`blocks` with the longest key chunk that the chip's VMEM holds.
+
+    Raises:
+      UnsupportedError: one tile does not fit; the message adds up what it takes.
+    """
+    return with_longest_chunk("forward", blocks, shape, chip, _FOR_BUFFERS, vmem_terms)

@@ -5,35 +5,51 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from grug_kernels.chips import MIB, TPUS
+from grug_kernels.chips import MIB, TPUS, Chip
 from grug_kernels.dispatch import UnsupportedError
 
 
 def vmem_of(chip: str) -> float:
     """Bytes of one core."""
-    vmem = next(tpu.vmem_bytes for tpu in TPUS if tpu.name == chip)
+    vmem = _tpu(chip).vmem_bytes
     assert vmem is not None
     return vmem
 
 
-def with_longest_chunk(kernel: str, blocks: Any, shape: Any, chip: str, share: float, vmem_bytes: Callable) -> Any:
+def cores_of(chip: str) -> int:
+    """That share the parallel axes of a grid."""
+    cores = _tpu(chip).cores
+    assert cores is not None
+    return cores
+
+
+def _tpu(chip: str) -> Chip:
+    return next(tpu for tpu in TPUS if tpu.name == chip)
+
+
+def with_longest_chunk(
+    kernel: str, blocks: Any, shape: Any, chip: str, share: float, vmem_terms: Callable[..., dict[str, int]]
+) -> Any:
     """`blocks` with as long a chunk of keys as fits into `share` of the chip's VMEM, all chunks being equal: 9 tiles as
-    5 + 4 rather than 8 + 1. vmem_bytes(shape, blocks): what a grid step takes.
+    5 + 4 rather than 8 + 1. vmem_terms(shape, blocks): what a grid step takes, in bytes.
 
     Raises:
-      UnsupportedError: one tile does not fit.
+      UnsupportedError: not even one tile fits.
     """
     limit = share * vmem_of(chip)
     tiles = -(-shape.kv_len // blocks.block_kv)
     for chunks in range(1, tiles + 1):
         cut = replace(blocks, key_chunk=-(-tiles // chunks) * blocks.block_kv)
-        if vmem_bytes(shape, cut) <= limit:
+        if sum(vmem_terms(shape, cut).values()) <= limit:
             return cut
-    smallest = vmem_bytes(shape, replace(blocks, key_chunk=blocks.block_kv))
+    terms = vmem_terms(shape, replace(blocks, key_chunk=blocks.block_kv))
+    largest = sorted((item for item in terms.items() if item[1]), key=lambda item: -item[1])
     raise UnsupportedError(
-        f"attention {kernel}: one tile with head_dim={shape.head_dim}, v_head_dim={shape.v_head_dim} takes"
-        f" {smallest / MIB:.0f} MiB of VMEM, and {chip} has {limit / MIB:.0f} MiB for it."
-        " Use implementation='xla'."
+        f"attention {kernel}: one tile of block_q={blocks.block_q}, block_kv={blocks.block_kv} with"
+        f" head_dim={shape.head_dim}, v_head_dim={shape.v_head_dim} takes {sum(terms.values()) / MIB:.1f} MiB of VMEM"
+        f" ({', '.join(f'{name} {size / MIB:.1f}' for name, size in largest)}), and {chip} has {limit / MIB:.1f} MiB"
+        " for it."
+        " Use smaller blocks, or implementation='xla'."
     )
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from grug_kernels.attention import AttentionMask, BlockSizes, api, attention_with_lse, pallas_tpu
-from grug_kernels.attention.tpu_forward_plan import forward_plan
+from grug_kernels.attention.tpu_forward_plan import PLAN_INTS, forward_plan
 from grug_kernels.dispatch import UnsupportedError
 from tests.kernels.test_attention import Case, assert_as_good_as_plain, random_mask
 
@@ -122,14 +122,16 @@ def test_the_plan_visits_what_is_seen_and_calls_whole_what_is(lengths, data):
     case = Case(1, q_len, kv_len, 1, 1, 1, 1, (block_q, block_kv))
     mask = random_mask(case, np.random.default_rng(data.draw(st.integers(0, 10**6))))
     intervals = mask.intervals(1, q_len, kv_len)
-    plan = np.asarray(forward_plan(intervals, kv_len, block_q, block_kv)).reshape(-1, 4)
+    plan = np.asarray(forward_plan(intervals, kv_len, block_q, block_kv)).reshape(-1, PLAN_INTS)
     key = np.arange(kv_len)
     seen = (np.asarray(intervals.lower[0])[:, None] <= key) & (key < np.asarray(intervals.upper[0])[:, None])
-    for block, (first, whole_first, whole_end, last) in enumerate(plan):
+    for block, (first, whole_first, whole_end, last, early_end, late_start) in enumerate(plan):
         assert first <= whole_first <= whole_end <= last
         rows = seen[block * block_q : (block + 1) * block_q]
         assert not rows[:, : first * block_kv].any()
         assert not rows[:, last * block_kv :].any()
+        assert not rows[: block_q // 2, early_end:].any()
+        assert not rows[block_q // 2 :, :late_start].any()
         assert rows[rows.any(axis=1)][:, whole_first * block_kv : whole_end * block_kv].all()
         visited = rows.any(axis=0).reshape(-1, block_kv).any(axis=1)
         assert last - first == (visited.nonzero()[0][-1] - visited.nonzero()[0][0] + 1 if visited.any() else 0)

@@ -27,6 +27,7 @@ from grug_kernels.attention.tpu_backward_blocks import (
     vmem_bytes,
 )
 from grug_kernels.attention.tpu_backward_plan import TILE_INTS, BackwardPlan, backward_plan
+from grug_kernels.attention.tpu_vmem import cores_of
 from grug_kernels.chips import TPUS
 from grug_kernels.dispatch import UnsupportedError
 from tests.kernels.test_attention import Case, compiled, oracle, random_mask, rms
@@ -41,8 +42,10 @@ CASES = {
         Case(1, 32, 64, 4, 4, 24, 8, (0, 0), logit_soft_cap=2.0, sinks=True),
         replace(TINY, row_chunk=4, kv_heads=2, key_chunk=32, transposed_keys=False),
     ),
+    "split": (Case(1, 32, 48, 8, 1, 8, 8, (0, 0), dtype="bfloat16"), replace(TINY, group_splits=2, group_heads=2)),
     "small": (Case(1, 32, 32, 4, 2, 8, 8, (0, 0), dtype="bfloat16"), replace(TINY, key_chunk=32)),
     "small chunks": (Case(1, 32, 32, 4, 2, 8, 8, (0, 0), dtype="bfloat16"), replace(TINY, key_chunk=16, group_heads=1)),
+    "small split": (Case(1, 32, 32, 4, 1, 8, 8, (0, 0), dtype="bfloat16"), replace(TINY, key_chunk=16, group_splits=2)),
 }
 
 
@@ -143,7 +146,7 @@ def test_errors(scale):
 
 @settings(deadline=None, max_examples=5)
 @given(scale=st.sampled_from([1.0, 20.0]), seed=st.integers(0, 10**6))
-@pytest.mark.parametrize("name", ["grouped", "chunks", "natural"])
+@pytest.mark.parametrize("name", ["grouped", "chunks", "natural", "split"])
 def test_gradients(name, scale, seed):
     """Of every mask, one after another with the same program; at scale 20 the softmax is peaked."""
     case, _ = CASES[name]
@@ -165,7 +168,7 @@ def test_windows(name, window):
     assert_good(name, inputs, mask, *run_kernel(name, inputs, mask))
 
 
-@pytest.mark.parametrize("name", ["small", "small chunks"])
+@pytest.mark.parametrize("name", ["small", "small chunks", "small split"])
 def test_no_races_and_nothing_uninitialised(name):
     """Memory starts as NaN, copies run as late as they may, and two cores share the parallel axes."""
     case, _ = CASES[name]
@@ -273,6 +276,8 @@ def test_default_blocks_fit(chip, head_dim):
             assert vmem_bytes(shape, blocks) < blocks.vmem_limit < vmem
             assert kv_len % blocks.block_kv == 0
             assert num_kv_heads % blocks.kv_heads == 0
+            assert group % blocks.group_splits == 0
+            assert num_kv_heads * blocks.group_splits // blocks.kv_heads % cores_of(chip) == 0
             assert blocks.chunks(kv_len) * blocks.key_chunk - kv_len < blocks.chunks(kv_len) * blocks.block_kv
     assert CORES[chip].matrix_width > head_dim or not default_backward_blocks(shape, chip).transposed_keys
 
@@ -309,7 +314,9 @@ def test_messages():
         BackwardBlocks(row_chunk=96)
     with pytest.raises(ValueError, match="key_chunk=700"):
         BackwardBlocks(key_chunk=700)
-    with pytest.raises(UnsupportedError, match=r"head_dim=4096.*v4 has 13 MiB"):
+    with pytest.raises(ValueError, match="group_splits=2 with kv_heads=2"):
+        BackwardBlocks(group_splits=2, kv_heads=2)
+    with pytest.raises(UnsupportedError, match=r"head_dim=4096.*v4 has 12.8 MiB"):
         default_backward_blocks(BackwardShape(8192, 1, 4, 4096, 4096), "v4")
     _, blocks = CASES["grouped"]
     q = jnp.zeros((1, 2, 2, 40, 16))
