@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grug_kernels.attention import AttentionMask
-from grug_kernels.attention.tpu_forward_plan import PLAN_INTS, forward_plan
+from grug_kernels.attention.tpu_plan import forward_plan, tiles_of
 from train.plot import standalone
 
 FOLDER = Path(__file__).parent.parent / "docs" / "explanations"
@@ -57,15 +57,16 @@ def tiles() -> str:
 def _panel(name: str, mask: AttentionMask, left: float, top: float) -> str:
     size, tile = LENGTH * CELL, BLOCK * CELL
     intervals = mask.intervals(1, LENGTH, LENGTH)
-    plan = np.asarray(forward_plan(intervals, LENGTH, BLOCK, BLOCK)).reshape(-1, PLAN_INTS)
+    stripes = forward_plan(intervals, LENGTH, BLOCK)
+    plan = np.stack(tiles_of(stripes, np.arange(LENGTH // BLOCK), 2, BLOCK)[:4], axis=-1)
     parts = [f'<text class="title" x="{left}" y="{top - 8}" style="font-size:13px">{escape(name)}</text>']
-    for block, (first, whole_first, whole_end, last) in enumerate(plan[:, :4]):
+    for block, (first, whole_first, whole_end, last) in enumerate(plan):
         for n in range(first, last):
             paint = WHOLE if whole_first <= n < whole_end else MASKED
             parts.append(_rect(left + n * tile, top + block * tile, tile, tile, paint))
     path = "".join(f"M{left + x} {top}v{size}M{left} {top + x}h{size}" for x in range(0, size + 1, tile))
     parts.append(f'<path class="grid" d="{path}" style="stroke-width:1"/>')
-    for query, (lower, upper) in enumerate(zip(*(np.asarray(bound[0]) for bound in intervals), strict=True)):
+    for query, (lower, upper) in enumerate(zip(*(np.asarray(bound[0]) for bound in intervals[:2]), strict=True)):
         if lower < upper:
             y = top + query * CELL + CELL / 2 - 0.5
             parts.append(_rect(left + lower * CELL, y, (upper - lower) * CELL, 1, SEEN))

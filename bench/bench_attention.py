@@ -13,7 +13,7 @@ from bench.timing import compile_timed, run
 from bench.tpu.rows import predicted_row
 from grug_kernels.attention import AttentionMask, attention
 from grug_kernels.attention.tpu_forward_blocks import ForwardBlocks
-from grug_kernels.attention.tpu_forward_plan import forward_plan
+from grug_kernels.attention.tpu_plan import forward_plan
 
 
 def inputs(shape):
@@ -60,7 +60,7 @@ def ours_forward(shape):
     args = [jax.ShapeDtypeStruct((shape.batch, shape.seq_len, n, shape.head_dim), jnp.bfloat16) for n in heads]
     blocks = ForwardBlocks()
     intervals = AttentionMask(causal=True).intervals(shape.batch, shape.seq_len, shape.seq_len)
-    plan = forward_plan(intervals, shape.seq_len, blocks.block_q, blocks.block_kv)
+    plan = forward_plan(intervals, shape.seq_len, blocks.block_q)
     return forward, args, {("attention_forward", 0): np.asarray(plan)}, f"{blocks.block_q}×{blocks.block_kv}"
 
 

@@ -16,6 +16,8 @@ from unittest import mock
 
 import jax
 
+from grug_kernels.attention import AttentionMask
+
 
 class Parts(NamedTuple):
     cross_entropy: jax.Array
@@ -83,7 +85,10 @@ def in_place_of_ours(variant: str, *, tpu: Sequence[Any] | None = None) -> Itera
     }
     if tpu is not None and hasattr(model, "ArrayStacked"):
         pieces["ArrayStacked"] = ArrayStacked
-    with mock.patch.multiple(model, **pieces), contextlib.nullcontext() if tpu is None else _machine_with(tpu):
+    # Levanter's attention takes the mask, not what ours makes of it once for all layers.
+    masks_as_they_are = mock.patch.object(AttentionMask, "intervals", lambda mask, *_: mask)
+    machine = contextlib.nullcontext() if tpu is None else _machine_with(tpu)
+    with mock.patch.multiple(model, **pieces), masks_as_they_are, machine:
         yield
 
 

@@ -26,6 +26,7 @@ from bench.tpu import hlo
 # What `jax.named_scope` calls the parts of our programs; of nested ones the innermost counts.
 # These are one phase each,
 PHASES = (
+    "attention_mask",
     "attention_forward",
     "attention_backward",
     "cross_entropy_forward",

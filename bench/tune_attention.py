@@ -40,9 +40,8 @@ from grug_kernels.attention.tpu_backward_blocks import (
     default_backward_blocks,
     fit_backward,
 )
-from grug_kernels.attention.tpu_backward_plan import BackwardPlan, backward_plan
 from grug_kernels.attention.tpu_forward_blocks import ForwardBlocks, ForwardShape, default_forward_blocks, fit_forward
-from grug_kernels.attention.tpu_forward_plan import forward_plan
+from grug_kernels.attention.tpu_plan import BackwardPlan, backward_plan, forward_plan
 from grug_kernels.dispatch import UnsupportedError
 
 Passes = Literal["forward", "backward"]
@@ -121,8 +120,8 @@ def forward_blocks(shape: AttentionShape, chip: str, change: Change) -> ForwardB
 
 def forward_case(shape: AttentionShape, blocks: ForwardBlocks, softmax: Softmax) -> Case:
     q, k, v, bounds, intervals = _inputs(shape)
-    plan = forward_plan(intervals, shape.seq_len, blocks.block_q, blocks.block_kv)
-    static = ForwardStatic(shape.head_dim**-0.5, None, blocks, softmax)
+    plan = forward_plan(intervals, shape.seq_len, blocks.block_q)
+    static = ForwardStatic(shape.head_dim**-0.5, None, blocks, softmax=softmax)
 
     def forward(q, k, v, lower, upper, plan):
         return attention_forward(q, k, v, Intervals(lower, upper), None, plan, static, with_error=False)[:2]
@@ -143,12 +142,12 @@ def backward_case(shape: AttentionShape, blocks: BackwardBlocks) -> Case:
     steps = int(plan.steps)
     static = BackwardStatic(shape.head_dim**-0.5, None, blocks)
 
-    def backward(q, k, v, out, error, lse, dout, dlse, lower, upper, tiles, begins):
-        intervals, plan = Intervals(lower, upper), BackwardPlan(tiles, begins, steps)
+    def backward(q, k, v, out, error, lse, dout, dlse, lower, upper, stripes, begins):
+        intervals, plan = Intervals(lower, upper), BackwardPlan(stripes, begins, steps)
         return attention_backward(q, k, v, out, lse, dout, dlse, intervals, plan, static, out_error=error)
 
-    args = (q, k, v, out, out, lse, out, lse, bounds, bounds, plan.tiles, plan.begins)
-    tables = (plan.tiles, plan.begins)
+    args = (q, k, v, out, out, lse, out, lse, bounds, bounds, plan.stripes, plan.begins)
+    tables = (plan.stripes, plan.begins)
     return Case(backward, args, {("attention_backward", n): np.asarray(table) for n, table in enumerate(tables)})
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -27,10 +28,9 @@ from bench.laptop import Example, Mask
 from bench.tpu import schedule
 from bench.tpu.record import Program, Record, compiling
 from bench.tpu.schedule import Schedule
+from bench.tpu.timeline import ScalarOperands
 from bench.tpu.topology import Topology, tpu_topology
 from grug_kernels.attention import AttentionMask
-from grug_kernels.attention.block_sizes import default_block_sizes
-from grug_kernels.attention.mask import visited_key_blocks
 
 VARIANTS = Path(__file__).parent.parent.parent / "grug_model"
 
@@ -89,8 +89,11 @@ def predicted_step(
     with _compiling_step(variant, config, topology, levanter, schedules=True) as (record, program):
         if program is None:
             return record, None
-        tokens = config.trainer.batch_size * config.trainer.seq_len
-        return record, StepPrediction(schedule.read(record, program), tokens, topology.num_chips)
+        trainer = config.trainer
+        rows = trainer.batch_size // topology.mesh(model=trainer.model_axis).shape["data"]
+        tables = {} if levanter else attention_tables(rows, trainer.seq_len)
+        prediction = schedule.read(record, program, tables)
+        return record, StepPrediction(prediction, trainer.batch_size * trainer.seq_len, topology.num_chips)
 
 
 @contextlib.contextmanager
@@ -106,7 +109,6 @@ def _compiling_step(
             f" {topology.name} that share the batch. Choose a multiple of {mesh.shape['data']}."
         )
     optimizer = config.optimizer.build(trainer.steps, matrix_axes=train.matrix_axes)
-    trips = {"attention": attention_trips(trainer.seq_len)}
     pieces = levanter_grug.in_place_of_ours(variant, tpu=topology.devices) if levanter else contextlib.nullcontext()
     with topology.targeted(mesh), pieces:
         state = jax.eval_shape(
@@ -114,16 +116,17 @@ def _compiling_step(
         )
         batch = abstract_batch(mesh, trainer.batch_size, trainer.seq_len)
         train_step = train.make_train_step(optimizer, trainer)
-        with compiling(train_step, state, batch, topology=topology, schedules=schedules, trips=trips) as compiled:
+        with compiling(train_step, state, batch, topology=topology, schedules=schedules) as compiled:
             yield compiled
 
 
-def attention_trips(seq_len: int) -> float:
-    """Key blocks that a block of queries visits on average in `grug_kernels.attention`'s xla loops, whose bounds are
-    data: of a causal mask and one document a row, which is the most that a packed batch can have."""
-    intervals = AttentionMask(causal=True).intervals(1, seq_len, seq_len)
-    first, last = visited_key_blocks(intervals, default_block_sizes(seq_len, seq_len))
-    return float((last - first).mean())
+def attention_tables(rows: int, seq_len: int) -> ScalarOperands:
+    """What steers our attention kernels, which is data: of `rows` rows on one device, causal and one document each,
+    which is the most work that a packed batch can be. Empty for lengths that are padded; the table then says so."""
+    stripes = AttentionMask(causal=True).intervals(rows, seq_len, seq_len).stripes
+    if stripes is None or seq_len % 512:
+        return {}
+    return {(f"attention_{passes}", 0): np.asarray(stripes).reshape(-1) for passes in ("forward", "backward")}
 
 
 def abstract_batch(mesh: Mesh, batch_size: int, seq_len: int) -> Example:

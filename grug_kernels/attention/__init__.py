@@ -3,6 +3,6 @@
 
 from grug_kernels.attention.api import attention, attention_with_lse, attention_with_max_logits
 from grug_kernels.attention.block_sizes import BlockSizes
-from grug_kernels.attention.mask import AttentionMask
+from grug_kernels.attention.mask import AttentionMask, Intervals
 
-__all__ = ["AttentionMask", "BlockSizes", "attention", "attention_with_lse", "attention_with_max_logits"]
+__all__ = ["AttentionMask", "BlockSizes", "Intervals", "attention", "attention_with_lse", "attention_with_max_logits"]

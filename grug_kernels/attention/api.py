@@ -43,7 +43,7 @@ def attention(
     q: Float[Array, "batch seq_len num_heads head_dim"],
     k: Float[Array, "batch kv_len num_kv_heads head_dim"],
     v: Float[Array, "batch kv_len num_kv_heads v_head_dim"],
-    mask: AttentionMask,
+    mask: AttentionMask | Intervals,
     *,
     sinks: Float[Array, " num_heads"] | None = None,
     logit_soft_cap: float | None = None,
@@ -69,7 +69,7 @@ def attention_with_lse(
     q: Float[Array, "batch seq_len num_heads head_dim"],
     k: Float[Array, "batch kv_len num_kv_heads head_dim"],
     v: Float[Array, "batch kv_len num_kv_heads v_head_dim"],
-    mask: AttentionMask,
+    mask: AttentionMask | Intervals,
     *,
     sinks: Float[Array, " num_heads"] | None = None,
     logit_soft_cap: float | None = None,
@@ -92,7 +92,8 @@ def attention_with_lse(
     Under an explicit mesh q, k and v may be sharded over batch and heads, alike; the results are sharded the same way.
 
     Args:
-      mask: which keys each query sees. The queries are the last seq_len of the kv_len positions.
+      mask: which keys each query sees. The queries are the last seq_len of the kv_len positions. Layers that share a
+        mask can share its `AttentionMask.intervals`, and the plan of what is skipped that comes with them.
       sinks: for each head, the score of a key that every query sees and that has no value.
       sm_scale: 1 / sqrt(head_dim) unless given.
       implementation: "pallas_tpu" (fused kernels), "cudnn" (NVIDIA's library; see `cudnn.attention`), "xla" (blockwise,
@@ -124,7 +125,7 @@ def attention_with_max_logits(
     q: Float[Array, "batch seq_len num_heads head_dim"],
     k: Float[Array, "batch kv_len num_kv_heads head_dim"],
     v: Float[Array, "batch kv_len num_kv_heads v_head_dim"],
-    mask: AttentionMask,
+    mask: AttentionMask | Intervals,
     **options: Any,
 ) -> Results:
     """As `attention_with_lse`, which takes the same options, and max_logits [batch, num_heads] float32: the largest z
@@ -141,7 +142,7 @@ def _attention(
     q,
     k,
     v,
-    mask: AttentionMask,
+    mask: AttentionMask | Intervals,
     *,
     sinks=None,
     logit_soft_cap: float | None = None,
@@ -152,32 +153,43 @@ def _attention(
 ) -> Results:
     _check(q, k, v, sinks)
     _check_numbers(sm_scale, logit_soft_cap)
-    batch, seq_len, _, head_dim = q.shape
+    (batch, seq_len, _, head_dim), kv_len = q.shape, k.shape[1]
     run = partial(
         dispatch.call,
         "attention",
         implementation,
         # Of all only cuDNN needs to know the form of the mask at trace time.
-        {**IMPLEMENTATIONS, "cudnn": partial(cudnn.attention, native=cudnn.native_mask(mask, seq_len, k.shape[1]))},
+        {**IMPLEMENTATIONS, "cudnn": partial(cudnn.attention, native=cudnn.native_mask(mask, seq_len, kv_len))},
         sm_scale=1 / math.sqrt(head_dim) if sm_scale is None else float(sm_scale),
         logit_soft_cap=None if logit_soft_cap is None else float(logit_soft_cap),
         block_sizes=block_sizes,
         with_max_logits=with_max_logits,
     )
-    if AxisType.Explicit in jax.typeof(q).sharding.mesh.axis_types:
-        return _run_sharded(run, q, k, v, mask, sinks)
-    return run(q, k, v, mask.intervals(batch, seq_len, k.shape[1]), sinks)
+    is_sharded = AxisType.Explicit in jax.typeof(q).sharding.mesh.axis_types
+    axes = _batch_and_head_axes(q, k, v) if is_sharded else None
+    intervals = _intervals(mask, batch, seq_len, kv_len)
+    return run(q, k, v, intervals, sinks) if axes is None else _run_sharded(run, axes, q, k, v, intervals, sinks)
 
 
-def _run_sharded(run: Callable[..., Any], q, k, v, mask: AttentionMask, sinks) -> Results:
+def _intervals(mask: AttentionMask | Intervals, batch: int, seq_len: int, kv_len: int) -> Intervals:
+    if isinstance(mask, AttentionMask):
+        if mask.segment_ids is not None:
+            _require_whole("segment_ids", jnp.asarray(mask.segment_ids), {1: "kv_len"})
+        return mask.intervals(batch, seq_len, kv_len)
+    if mask.lower.shape != (batch, seq_len):
+        raise ValueError(
+            f"attention: the intervals of the mask are {mask.lower.shape}, expected {(batch, seq_len)}, a pair for each"
+            f" query: make them by mask.intervals({batch}, {seq_len}, {kv_len})."
+        )
+    return mask
+
+
+def _run_sharded(run: Callable[..., Any], axes: tuple[Axes, Axes], q, k, v, intervals: Intervals, sinks) -> Results:
     """`run` on each shard of the batch and the heads: no shard needs anything of another."""
-    batch_axes, head_axes = _batch_and_head_axes(q, k, v)
-    if mask.segment_ids is not None:
-        _require_whole("segment_ids", jnp.asarray(mask.segment_ids), {1: "kv_len"})
-    by_batch, by_head, by_both = P(batch_axes, None), P(head_axes), P(batch_axes, None, head_axes, None)
-    # Mask and sinks are small, and may come whole. The intervals are made out here, once for all shards of the heads.
-    intervals = mask.intervals(q.shape[0], q.shape[1], k.shape[1])
-    intervals = Intervals(*(jax.reshard(bound, by_batch) for bound in intervals))
+    batch_axes, head_axes = axes
+    by_batch, by_head, by_both = P(batch_axes), P(head_axes), P(batch_axes, None, head_axes, None)
+    # Intervals and sinks are small, and may come whole.
+    intervals = jax.tree.map(lambda bound: jax.reshard(bound, by_batch), intervals)
     sinks = None if sinks is None else jax.reshard(sinks, by_head)
     out_specs: list[Any] = [by_both, P(batch_axes, head_axes, None), P(batch_axes, head_axes)]
     sharded = jax.shard_map(

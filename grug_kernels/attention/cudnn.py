@@ -23,11 +23,13 @@ from grug_kernels.sharding import vary_alike
 _LARGEST_HEAD = 256  # from Hopper on; 128 before, which JAX knows
 
 
-def native_mask(mask: AttentionMask, q_len: int, kv_len: int) -> Mapping[str, Any] | None:
+def native_mask(mask: AttentionMask | Intervals, q_len: int, kv_len: int) -> Mapping[str, Any] | None:
     """How `jax.nn.dot_product_attention` is told of `mask` so that cuDNN skips what nobody sees, or None.
 
     cuDNN has to know at trace time: a mask of data, even one that turns out to be causal, has no such form.
     """
+    if isinstance(mask, Intervals):
+        return None
     window = mask.sliding_window
     if mask.segment_ids is not None or mask.prefix_len is not None or not isinstance(window, int | np.integer | None):
         return None

@@ -18,12 +18,18 @@ from jaxtyping import Array, Int
 
 from grug_kernels.attention.block_sizes import BlockSizes
 
+STRIPE = 128  # queries whose bounds are summed up in one entry of a plan
+
 
 class Intervals(NamedTuple):
-    """Query i of a row sees the keys lower[i] <= j < upper[i]. One that sees nothing has lower = upper = 0."""
+    """Query i of a row sees the keys lower[i] <= j < upper[i]. One that sees nothing has lower = upper = 0.
+
+    stripes: the plan of kernels, `stripes_of` every STRIPE queries. None: made where it is needed.
+    """
 
     lower: Int[Array, "batch q_len"]
     upper: Int[Array, "batch q_len"]
+    stripes: Int[Array, "batch stripes 4"] | None = None
 
 
 @partial(
@@ -58,8 +64,11 @@ class AttentionMask:
     segment_ids: Any = None
     prefix_len: Any = None
 
+    @jax.named_scope("attention_mask")
     def intervals(self, batch: int, q_len: int, kv_len: int) -> Intervals:
         """The mask as two int32 [batch, q_len], without ever making a [q_len, kv_len] array.
+
+        `attention` takes them in place of the mask: made once for a batch they serve all of its layers.
 
         Raises:
           ValueError: a field that does not fit these extents, or whose value makes no sense.
@@ -69,7 +78,7 @@ class AttentionMask:
         if self.segment_ids is None:
             lower, upper = jnp.zeros((1, 1), jnp.int32), jnp.full((1, 1), kv_len, jnp.int32)
         else:
-            lower, upper = (bound[:, kv_len - q_len :] for bound in _document_bounds(self.segment_ids))
+            lower, upper = (bound[:, kv_len - q_len :] for bound in _document_bounds(self.segment_ids)[:2])
         if self.causal:
             visible_end = position + 1
             if self.prefix_len is not None:
@@ -81,7 +90,23 @@ class AttentionMask:
             lower, upper = jnp.maximum(lower, position - window + 1), jnp.minimum(upper, position + window)
         empty = lower >= upper
         lower, upper = (jnp.broadcast_to(jnp.where(empty, 0, bound), (batch, q_len)) for bound in (lower, upper))
-        return Intervals(lower, upper)
+        intervals = Intervals(lower, upper)
+        return intervals._replace(stripes=stripes_of(intervals, kv_len, STRIPE))
+
+
+def stripes_of(intervals: Intervals, kv_len: int, length: int) -> Int[Array, "batch stripes 4"]:
+    """Of every `length` queries of a row, the last of which may be fewer, the keys at which the first that any of them
+    sees begins and the last begins, and the first ends and the last ends: least and greatest lower and upper.
+
+    Queries that see nothing do not count; if none sees anything, kv_len, 0, kv_len, 0.
+    """
+    padding = -intervals.lower.shape[1] % length
+    lower, upper = (
+        jnp.pad(bound, ((0, 0), (0, padding))).reshape(bound.shape[0], -1, length) for bound in intervals[:2]
+    )
+    sees = lower < upper
+    extremes = [(jnp.where(sees, x, kv_len).min(axis=2), jnp.where(sees, x, 0).max(axis=2)) for x in (lower, upper)]
+    return jnp.stack([*extremes[0], *extremes[1]], axis=-1)
 
 
 def visited_key_blocks(
@@ -93,7 +118,8 @@ def visited_key_blocks(
     """
     padding = -intervals.lower.shape[1] % block_sizes.block_q
     lower, upper = (
-        jnp.pad(bound, ((0, 0), (0, padding))).reshape(bound.shape[0], -1, block_sizes.block_q) for bound in intervals
+        jnp.pad(bound, ((0, 0), (0, padding))).reshape(bound.shape[0], -1, block_sizes.block_q)
+        for bound in intervals[:2]
     )
     block_upper = upper.max(axis=2)
     # Queries that see nothing stand at 0 and must not pull the minimum there.

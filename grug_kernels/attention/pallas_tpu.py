@@ -23,9 +23,8 @@ from grug_kernels.attention.pallas_tpu_backward_kernel import Static as Backward
 from grug_kernels.attention.pallas_tpu_forward_kernel import Static as ForwardStatic
 from grug_kernels.attention.results import Results
 from grug_kernels.attention.tpu_backward_blocks import BackwardBlocks, BackwardShape, default_backward_blocks
-from grug_kernels.attention.tpu_backward_plan import backward_plan
 from grug_kernels.attention.tpu_forward_blocks import ForwardBlocks, ForwardShape, default_forward_blocks
-from grug_kernels.attention.tpu_forward_plan import forward_plan
+from grug_kernels.attention.tpu_plan import backward_plan, forward_plan
 from grug_kernels.dispatch import UnsupportedError
 from grug_kernels.sharding import vary_alike
 
@@ -68,7 +67,7 @@ def attention(
     """See `api.attention_with_lse`.
 
     Kept for the backward pass: lse, 4 bytes for each query and head, out, and what rounding it lost, which is as large
-    Without that, delta = sum out * dout would be too coarse where one key has most of the weight. out and its
+    as out. Without that, delta = sum out * dout would be too coarse where one key has most of the weight. out and its
     error are named "attention_out" for remat policies, lse "attention_lse".
 
     Raises:
@@ -145,7 +144,7 @@ def _run_forward(static: _Static, q, k, v, sinks, intervals, *, with_error: bool
         values,
         bounds,
         sinks,
-        forward_plan(bounds, keys.shape[2], blocks.block_q, blocks.block_kv),
+        forward_plan(bounds, k.shape[1], blocks.block_q),
         ForwardStatic(static.sm_scale, static.logit_soft_cap, blocks, static.with_max_logits),
         with_error=with_error,
         interpret=static.interpret,
@@ -181,7 +180,7 @@ def _backward(static: _Static, residuals, cotangents):
         grouped(dout),
         statistic(dlse),
         bounds,
-        backward_plan(bounds, keys.shape[2], blocks),
+        backward_plan(bounds, kv_len, blocks),
         BackwardStatic(static.sm_scale, static.logit_soft_cap, blocks),
         out_error=None if error is None else grouped(error),
         interpret=static.interpret,
@@ -203,7 +202,8 @@ def _for_kernel(q, k, v, intervals: Intervals, blocks: ForwardBlocks | BackwardB
     intervals, padded to whole blocks. A query that was added sees nothing."""
     num_kv_heads = k.shape[2]
     keys, values = (_padded(x, 1, blocks.block_kv).swapaxes(1, 2) for x in (k, v))
-    bounds = Intervals(*(_padded(bound, 1, blocks.block_q) for bound in intervals))
+    lower, upper = (_padded(bound, 1, blocks.block_q) for bound in intervals[:2])
+    bounds = Intervals(lower, upper, intervals.stripes)
     return _grouped(_padded(q, 1, blocks.block_q), num_kv_heads), keys, values, bounds
 
 

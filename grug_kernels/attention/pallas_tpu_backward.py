@@ -28,7 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 from grug_kernels.attention.mask import Intervals
 from grug_kernels.attention.pallas_tpu_backward_kernel import Static, kernel, query_block
 from grug_kernels.attention.tpu_backward_blocks import BackwardBlocks
-from grug_kernels.attention.tpu_backward_plan import BackwardPlan
+from grug_kernels.attention.tpu_plan import BackwardPlan, stripes_per_block
 from grug_kernels.sharding import vary_with
 
 
@@ -95,7 +95,7 @@ def attention_backward(
         (None, 1, block_q), lambda b, h, c, part, i, _, begins_ref: (b, 0, block(b, c, i, begins_ref))
     )
 
-    lower, upper = (bound[:, None] for bound in intervals)
+    lower, upper = (bound[:, None] for bound in intervals[:2])
     operands = [in_parts(q), k, v, *map(in_parts, (out, dout, lse, dlse)), lower, upper]
     in_specs = [q_spec, k_spec, v_spec, out_spec, out_spec, stat_spec, stat_spec, bound_spec, bound_spec]
     if out_error is not None:
@@ -120,7 +120,14 @@ def attention_backward(
         operands.append(vary_with(q, jnp.zeros(in_parts(q).shape, jnp.float32)))
 
     dk, dv, dq, *in_kernel = pl.pallas_call(
-        partial(kernel, static=static, has_out_error=out_error is not None, num_chunks=chunks, q_blocks=q_blocks),
+        partial(
+            kernel,
+            static=static,
+            has_out_error=out_error is not None,
+            num_chunks=chunks,
+            q_blocks=q_blocks,
+            per_block=stripes_per_block(plan.stripes, batch, q_blocks),
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(batch, num_kv_heads * splits // heads, chunks, parts, plan.steps),
@@ -137,7 +144,7 @@ def attention_backward(
         cost_estimate=_cost_estimate(q, k, v),
         name="attention_backward",
         interpret=interpret,
-    )(plan.tiles, plan.begins, *operands)
+    )(plan.stripes, plan.begins, *operands)
     if splits > 1:
         dk, dv = (x.reshape(*k.shape[:2], splits, *x.shape[2:]).sum(axis=2).astype(k.dtype) for x in (dk, dv))
     delta = in_kernel[0].reshape(lse.shape) if in_kernel else _delta(out, out_error, dout, intervals)

@@ -12,8 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from grug_kernels.attention.tpu_backward_blocks import BackwardBlocks
-from grug_kernels.attention.tpu_backward_plan import TILE_INTS
 from grug_kernels.attention.tpu_matmul import LOG2_E, matmul
+from grug_kernels.attention.tpu_plan import Tiles, tiles_of
 
 # As the log-sum-exp of a query that sees nothing: exp2(score - this) is 0 for any finite score. Finite itself.
 NOTHING_SEEN = 1e30
@@ -60,19 +60,6 @@ class Scratch(NamedTuple):
     ds: Any
 
 
-class _Tiles(NamedTuple):
-    """What one step visits. begin: the first tile of its key chunk, from which first, whole_first, whole_end and last
-    are counted; early_end, late_start: positions of keys. See `BackwardPlan`."""
-
-    begin: Any
-    first: Any
-    whole_first: Any
-    whole_end: Any
-    last: Any
-    early_end: Any
-    late_start: Any
-
-
 class _Shape(Enum):
     """Of a tile. UPPER: early queries see nothing of its second half of keys, as on the diagonal of a causal mask.
     LOWER: late queries see nothing of its first half, as where a sliding window begins."""
@@ -103,7 +90,9 @@ class Carry(NamedTuple):
     is_writing: Any
 
 
-def kernel(tiles_ref, begins_ref, *refs, static: Static, has_out_error: bool, num_chunks: int, q_blocks: int):
+def kernel(
+    stripes_ref, begins_ref, *refs, static: Static, has_out_error: bool, num_chunks: int, q_blocks: int, per_block: int
+):
     """Grid (batch, kv_head, key_chunk, group_part, step). dk and dv carry across the steps and parts of a chunk."""
     refs = list(refs)
     inputs = _Inputs(*refs[:9], out_error=refs.pop(9) if has_out_error else None)
@@ -118,12 +107,9 @@ def kernel(tiles_ref, begins_ref, *refs, static: Static, has_out_error: bool, nu
     block = query_block(begins_ref, row, chunk, step, num_chunks, q_blocks)
     tiles_per_chunk = scratch.dk.shape[1]
     begin = chunk * tiles_per_chunk
-    at = TILE_INTS * (row * q_blocks + block)
-    tiles = _Tiles(
-        begin,
-        *(jnp.clip(tiles_ref[at + i], begin, begin + tiles_per_chunk) - begin for i in range(4)),
-        *(tiles_ref[at + i] for i in (4, 5)),
-    )
+    tiles = tiles_of(stripes_ref, row * q_blocks + block, per_block, static.blocks.block_kv)
+    tiles = tiles.of_chunk(begin, tiles_per_chunk)
+    tiles = tiles._replace(**{name: getattr(tiles, name) - begin for name in tiles._fields[:4]})  # in the chunk
     # Past the last query block that a chunk visits, steps come to that block again, and have nothing to add.
     is_repeated = begins_ref[row * num_chunks + chunk] + step > block
     is_active = (tiles.first < tiles.last) & ~is_repeated
@@ -190,7 +176,7 @@ def _row_sums(x, dtype):
     return matmul(jnp.ones((8, x.shape[1]), x.dtype), x, (1, 1))[:1]
 
 
-def _visit_tiles(static: Static, inputs: _Inputs, scratch: Scratch, tiles: _Tiles) -> None:
+def _visit_tiles(static: Static, inputs: _Inputs, scratch: Scratch, tiles: Tiles) -> None:
     """Adds the key tiles of the plan to dq, dk and dv."""
     visit = partial(_tile, static, inputs, scratch, tiles.begin)
     half = static.blocks.block_kv // 2

@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from grug_kernels.attention.pallas_tpu_forward_kernel import Results, Static, kernel
 from grug_kernels.attention.tpu_forward_blocks import ForwardBlocks
-from grug_kernels.attention.tpu_forward_plan import PLAN_INTS
+from grug_kernels.attention.tpu_plan import stripes_per_block, tiles_of
 
 
 def attention_forward(
@@ -31,16 +31,16 @@ def attention_forward(
     heads, part, block_q, in_vmem = blocks.kv_heads, blocks.heads_of(group), blocks.block_q, blocks.chunk(kv_len)
     parts = group // part
     grid = (batch, num_kv_heads // heads * parts, q_len // block_q, -(-kv_len // in_vmem))
+    per_block = stripes_per_block(plan, batch, grid[2])
     k_norm = jnp.square(k.astype(jnp.float32)).sum(axis=-1).max(axis=-1)
     k_norm = jnp.repeat(k_norm.reshape(batch, -1, heads).max(axis=2), parts, axis=1).reshape(-1)
 
     def keys(b, h, i, c, plan_ref, *_):
         """Keys that are not visited are not fetched either: the index stays where it was."""
-        at, tiles = PLAN_INTS * (b * grid[2] + i), in_vmem // blocks.block_kv
-        first = lax.div(plan_ref[at], jnp.int32(tiles))
-        last = lax.div(jnp.maximum(plan_ref[at + 3] - 1, 0), jnp.int32(tiles))
-        chunk = jnp.clip(c, jnp.minimum(first, last), last) if grid[3] > 1 else 0
-        return b, lax.div(h, jnp.int32(parts)), chunk, 0
+        if grid[3] > 1:
+            tiles = tiles_of(plan_ref, b * grid[2] + i, per_block, in_vmem)
+            c = jnp.clip(c, tiles.first, jnp.maximum(tiles.last - 1, tiles.first))
+        return b, lax.div(h, jnp.int32(parts)), c, 0
 
     def queries(b, h, i, *_):
         return b, h, 0, i, 0
@@ -57,7 +57,7 @@ def attention_forward(
         return Results(by_width, by_row, by_width if with_error else None, by_row if static.with_max_logits else None)
 
     found = pl.pallas_call(
-        partial(kernel, static=static),
+        partial(kernel, static=static, per_block=per_block),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=grid,
@@ -85,7 +85,7 @@ def attention_forward(
         q.reshape(*in_parts, head_dim),
         k,
         v,
-        *(bound[:, None] for bound in intervals),
+        *(bound[:, None] for bound in intervals[:2]),
     )
     shapes = results((*q.shape[:4], v_head_dim), q.shape[:4])
     return Results(*(x if x is None else x.reshape(shape) for x, shape in zip(found, shapes, strict=True)))

@@ -35,8 +35,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from grug_kernels.attention.tpu_forward_blocks import ForwardBlocks
-from grug_kernels.attention.tpu_forward_plan import PLAN_INTS
 from grug_kernels.attention.tpu_matmul import LOG2_E, matmul
+from grug_kernels.attention.tpu_plan import Tiles, tiles_of
 
 # Stands for "no score yet". Finite: -inf - -inf is NaN, and would poison queries that see nothing.
 NO_SCORE = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -110,19 +110,6 @@ class _Refs(NamedTuple):
     saved: tuple[Any, Any, Any]
 
 
-class _Tiles(NamedTuple):
-    """Key tiles first <= n < last of a step, those from whole_first to whole_end whole. begin: the tile of k[0];
-    early_end, late_start: keys; see `forward_plan`."""
-
-    begin: Any
-    first: Any
-    whole_first: Any
-    whole_end: Any
-    last: Any
-    early_end: Any
-    late_start: Any
-
-
 class _Shape(Enum):
     """Of a tile. UPPER: the first half of the queries sees nothing of its second half of keys, as on the diagonal of a
     causal mask. LOWER: the second half sees nothing of its first half, as where a sliding window begins."""
@@ -144,7 +131,9 @@ class _Chunk(NamedTuple):
     num_keys: int
 
 
-def kernel(plan_ref, k_norm_ref, sinks_ref, q_ref, k_ref, v_ref, lower_ref, upper_ref, *refs, static: Static):
+def kernel(
+    plan_ref, k_norm_ref, sinks_ref, q_ref, k_ref, v_ref, lower_ref, upper_ref, *refs, static: Static, per_block: int
+):
     """Grid (batch, kv_head, query_block, key_chunk); what is in scratch carries across key chunks."""
     row, head, query_block, key_chunk = (pl.program_id(axis) for axis in range(4))
     results, scratch = Results(*refs[:4]), refs[4:]
@@ -160,9 +149,8 @@ def kernel(plan_ref, k_norm_ref, sinks_ref, q_ref, k_ref, v_ref, lower_ref, uppe
 
     per_chunk = k_ref.shape[1] // static.blocks.block_kv
     begin = key_chunk * per_chunk
-    at = PLAN_INTS * (row * pl.num_programs(2) + query_block)
-    clipped = (jnp.clip(plan_ref[at + i], begin, begin + per_chunk) for i in range(4))
-    tiles = _Tiles(begin, *clipped, early_end=plan_ref[at + 4], late_start=plan_ref[at + 5])
+    tiles = tiles_of(plan_ref, row * pl.num_programs(2) + query_block, per_block, static.blocks.block_kv)
+    tiles = tiles.of_chunk(begin, per_chunk)
 
     @pl.when(is_bounded)
     def bounded():
@@ -190,7 +178,7 @@ def _is_bounded(static: Static, q_ref, k_norm_ref, step_heads):
     return q_norm * k_norm_ref[step_heads] * (scale * scale) < BOUND * BOUND
 
 
-def _with_a_maximum(static: Static, refs: _Refs, tiles: _Tiles) -> None:
+def _with_a_maximum(static: Static, refs: _Refs, tiles: Tiles) -> None:
     """The lagged softmax, and where a score came too far above its reference, the exact one from the start."""
     refs.excess[...] = jnp.zeros_like(refs.excess)
     now = (refs.reference, refs.total, refs.weighted)
@@ -217,7 +205,7 @@ def _with_a_maximum(static: Static, refs: _Refs, tiles: _Tiles) -> None:
         lax.fori_loop(1, jnp.where(too_far, 2, 1), attempt, None)
 
 
-def _masked_tiles(static: Static, refs: _Refs, tiles: _Tiles, softmax: Softmax) -> None:
+def _masked_tiles(static: Static, refs: _Refs, tiles: Tiles, softmax: Softmax) -> None:
     """Those before the whole ones and those after, in one loop."""
     before, block_kv = tiles.whole_first - tiles.first, static.blocks.block_kv
 
@@ -232,7 +220,7 @@ def _masked_tiles(static: Static, refs: _Refs, tiles: _Tiles, softmax: Softmax) 
     lax.fori_loop(0, before + tiles.last - tiles.whole_end, body, None)
 
 
-def _whole_tiles(static: Static, refs: _Refs, tiles: _Tiles, first, end, softmax: Softmax) -> None:
+def _whole_tiles(static: Static, refs: _Refs, tiles: Tiles, first, end, softmax: Softmax) -> None:
     lax.fori_loop(first, end, lambda tile, _: _tile(static, refs, tile, tiles.begin, softmax, _Shape.WHOLE), None)
 
 

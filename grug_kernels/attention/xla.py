@@ -260,7 +260,7 @@ def _add_at(blocks, n, added):
 
 def _block_masks(intervals: Intervals, block_sizes: BlockSizes) -> _BlockMask:
     """Leading axes [batch, q_blocks] on every field."""
-    lower, upper = (_in_blocks(bound, block_sizes.block_q) for bound in intervals)
+    lower, upper = (_in_blocks(bound, block_sizes.block_q) for bound in intervals[:2])
     return _BlockMask(lower, upper, *visited_key_blocks(intervals, block_sizes))
 
 

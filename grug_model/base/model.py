@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from grug_kernels.attention import AttentionMask, attention
+from grug_kernels.attention import AttentionMask, Intervals, attention
 from grug_kernels.cross_entropy import linear_cross_entropy, token_losses
 from grug_kernels.mfu import TokenFlops
 from grug_kernels.stacked import rematerialised
@@ -133,7 +133,7 @@ class Attention(eqx.Module):
 
     @jax.named_scope("attention_layer")
     def __call__(
-        self, x: Float[Array, "batch seq_len hidden_dim"], mask: AttentionMask
+        self, x: Float[Array, "batch seq_len hidden_dim"], mask: AttentionMask | Intervals
     ) -> Float[Array, "batch seq_len hidden_dim"]:
         heads = P(BATCH, None, "model", None)
         q = jnp.einsum("btd,dnh->btnh", x, self.w_q.astype(x.dtype), out_sharding=heads)
@@ -185,7 +185,7 @@ class Block(eqx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "batch seq_len hidden_dim"], mask: AttentionMask
+        self, x: Float[Array, "batch seq_len hidden_dim"], mask: AttentionMask | Intervals
     ) -> Float[Array, "batch seq_len hidden_dim"]:
         x = x + self.attention(self.attention_norm(x), mask)
         return x + self.mlp(self.mlp_norm(x))
@@ -214,18 +214,20 @@ class Transformer(eqx.Module):
         self, tokens: Int[Array, "batch seq_len"], mask: AttentionMask
     ) -> Float[Array, "batch seq_len hidden_dim"]:
         """The normalised output of the last layer: what the head reads."""
-        if tokens.shape[1] > self.config.max_seq_len:
+        batch, seq_len = tokens.shape
+        if seq_len > self.config.max_seq_len:
             raise ValueError(
-                f"Transformer: seq_len={tokens.shape[1]} is longer than max_seq_len={self.config.max_seq_len}."
+                f"Transformer: {seq_len=} is longer than max_seq_len={self.config.max_seq_len}."
                 " Cut the sequences, or train with a larger max_seq_len."
             )
         # Whole rows on every device make the lookup local; the gradient is summed back onto the shards.
         with jax.named_scope("embedding"):
             embed = jax.reshard(self.token_embed.astype(self.config.compute_dtype), P(None, None))
             x = embed.at[tokens].get(out_sharding=P(BATCH, None, None))
+        seen = mask.intervals(batch, seq_len, seq_len)  # once for all layers
         layer = rematerialised(Block.__call__, self.config.remat, in_scan=False)
         for block in self.blocks:
-            x = layer(block, x, mask)
+            x = layer(block, x, seen)
         return self.final_norm(x)
 
     def logits(

@@ -292,6 +292,11 @@ def test_what_levanter_cannot_do_is_a_row():
     assert row["unsupported"].startswith("Splash attention requires key/value sequence length to be a multiple of 128")
 
 
-@pytest.mark.parametrize(("seq_len", "trips"), [(4096, 8.5), (256, 1.0), (512, 1.5)])
-def test_attentions_loops_visit_half_of_the_blocks_and_the_diagonal(seq_len, trips):
-    assert step.attention_trips(seq_len) == trips
+def test_attention_is_counted_under_a_causal_mask():
+    """Stripes of 128 queries, all of which see the first key, and one of which the last of their own."""
+    tables = step.attention_tables(rows=2, seq_len=1024)
+    assert set(tables) == {("attention_forward", 0), ("attention_backward", 0)}
+    stripes = tables["attention_backward", 0].reshape(2, 8, 4)
+    assert not stripes[:, :, :2].any()
+    assert stripes[1, :, 3].tolist() == [128, 256, 384, 512, 640, 768, 896, 1024]
+    assert step.attention_tables(rows=2, seq_len=1000) == {}

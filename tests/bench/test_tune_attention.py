@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import sys
 
+import numpy as np
 import pytest
 
 from bench import tune_attention
 from bench.shapes import AttentionShape
 from bench.tpu.topology import LIBTPU_IS_MISSING, has_libtpu
 from bench.tune_attention import CANDIDATES, Result, backward_blocks, backward_case, forward_blocks, measured, sweep
+from grug_kernels.attention.tpu_plan import tiles_of
 
 SHAPE = AttentionShape("small", 1, 1024, 4, 2, 128)
 
@@ -45,8 +47,8 @@ def test_the_plan_that_is_counted_is_that_of_the_mask():
     """A window of 512 in blocks of 512: every query block but the first visits two key tiles."""
     shape = AttentionShape("window", 1, 2048, 4, 2, 128, sliding_window=512)
     case = backward_case(shape, backward_blocks(shape, "v6e", {}))
-    tiles = case.smem["attention_backward", 0].reshape(-1, 6)
-    assert (tiles[:, 3] - tiles[:, 0]).tolist() == [1, 2, 2, 2]
+    tiles = tiles_of(case.smem["attention_backward", 0], np.arange(4), 4, 512)
+    assert (tiles.last - tiles.first).tolist() == [1, 2, 2, 2]
 
 
 @pytest.mark.skipif(not has_libtpu(), reason=LIBTPU_IS_MISSING)

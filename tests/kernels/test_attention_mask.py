@@ -58,7 +58,7 @@ def masks(draw, batch: int, kv_len: int) -> AttentionMask:
 
 
 def as_dense(intervals, kv_len: int) -> np.ndarray:
-    lower, upper = (np.asarray(bound)[..., None] for bound in intervals)
+    lower, upper = (np.asarray(bound)[..., None] for bound in intervals[:2])
     key = np.arange(kv_len)
     return (lower <= key) & (key < upper)
 
@@ -68,7 +68,7 @@ def as_dense(intervals, kv_len: int) -> np.ndarray:
 def test_intervals_are_the_dense_mask(lengths, data):
     q_len, kv_len = lengths
     mask = data.draw(masks(BATCH, kv_len))
-    lower, upper = mask.intervals(BATCH, q_len, kv_len)
+    lower, upper, _ = mask.intervals(BATCH, q_len, kv_len)
     assert lower.shape == upper.shape == (BATCH, q_len)
     assert lower.dtype == upper.dtype == jnp.int32
     np.testing.assert_array_equal(as_dense((lower, upper), kv_len), dense_mask(mask, BATCH, q_len, kv_len))
@@ -78,7 +78,7 @@ def test_intervals_are_the_dense_mask(lengths, data):
 
 
 def test_an_id_that_comes_back_is_a_new_document():
-    lower, upper = AttentionMask(segment_ids=jnp.array([[7, 7, -1, 7, 3, 3]])).intervals(1, 6, 6)
+    lower, upper, _ = AttentionMask(segment_ids=jnp.array([[7, 7, -1, 7, 3, 3]])).intervals(1, 6, 6)
     assert lower.tolist() == [[0, 0, 0, 3, 4, 4]]
     assert upper.tolist() == [[1, 2, 0, 4, 5, 6]]
 
@@ -99,7 +99,7 @@ def test_a_prefix_for_each_position_is_read_at_the_query():
 
 def test_a_window_of_w_shows_w_keys():
     """Off-by-one windows are the field's classic: inclusive masks keep W + 1 keys."""
-    lower, upper = AttentionMask(sliding_window=3).intervals(1, 9, 9)
+    lower, upper, _ = AttentionMask(sliding_window=3).intervals(1, 9, 9)
     assert (upper - lower).tolist() == [[1, 2, 3, 3, 3, 3, 3, 3, 3]]
 
 
@@ -198,7 +198,7 @@ def test_messages(mask, lengths, message):
 
 
 def test_more_queries_than_keys_are_fine_where_positions_do_not_count():
-    lower, upper = FULL.intervals(2, 5, 3)
+    lower, upper, _ = FULL.intervals(2, 5, 3)
     assert lower.tolist() == [[0] * 5] * 2
     assert upper.tolist() == [[3] * 5] * 2
 

@@ -95,6 +95,16 @@ def test_vmap_over_everything():
             np.testing.assert_allclose(many[index], one, rtol=1e-5, atol=1e-6)
 
 
+def test_layers_can_share_the_intervals_of_a_mask():
+    q, k, v = random_inputs()
+    mask = AttentionMask(sliding_window=5)
+    for implementation in ("xla", "reference"):
+        shared = attention(q, k, v, mask.intervals(2, 12, 12), implementation=implementation)
+        np.testing.assert_array_equal(shared, attention(q, k, v, mask, implementation=implementation))
+    with pytest.raises(ValueError, match=r"are \(1, 12\), expected \(2, 12\).*mask.intervals\(2, 12, 12"):
+        attention(q, k, v, mask.intervals(1, 12, 12))
+
+
 def test_scan_over_layers_with_their_windows():
     q, k, v = random_inputs()
     windows = jnp.array([2, 12])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from grug_kernels.attention import AttentionMask, BlockSizes, api, attention_with_lse, pallas_tpu
-from grug_kernels.attention.tpu_forward_plan import PLAN_INTS, forward_plan
+from grug_kernels.attention.tpu_plan import forward_plan, tiles_of
 from grug_kernels.dispatch import UnsupportedError
 from tests.kernels.test_attention import Case, assert_as_good_as_plain, random_mask
 
@@ -122,7 +122,8 @@ def test_the_plan_visits_what_is_seen_and_calls_whole_what_is(lengths, data):
     case = Case(1, q_len, kv_len, 1, 1, 1, 1, (block_q, block_kv))
     mask = random_mask(case, np.random.default_rng(data.draw(st.integers(0, 10**6))))
     intervals = mask.intervals(1, q_len, kv_len)
-    plan = np.asarray(forward_plan(intervals, kv_len, block_q, block_kv)).reshape(-1, PLAN_INTS)
+    stripes = forward_plan(intervals, kv_len, block_q)
+    plan = np.stack(tiles_of(stripes, np.arange(q_len // block_q), 2, block_kv)[:6], axis=-1)
     key = np.arange(kv_len)
     seen = (np.asarray(intervals.lower[0])[:, None] <= key) & (key < np.asarray(intervals.upper[0])[:, None])
     for block, (first, whole_first, whole_end, last, early_end, late_start) in enumerate(plan):
@@ -135,3 +136,17 @@ def test_the_plan_visits_what_is_seen_and_calls_whole_what_is(lengths, data):
         assert rows[rows.any(axis=1)][:, whole_first * block_kv : whole_end * block_kv].all()
         visited = rows.any(axis=0).reshape(-1, block_kv).any(axis=1)
         assert last - first == (visited.nonzero()[0][-1] - visited.nonzero()[0][0] + 1 if visited.any() else 0)
+
+
+def test_one_plan_serves_blocks_of_any_size():
+    """The stripes that come with the intervals tell as much as those made for the blocks."""
+    case = Case(2, 1024, 1536, 1, 1, 1, 1, (512, 512))
+    intervals = random_mask(case, np.random.default_rng(7)).intervals(2, 1024, 1536)
+    assert intervals.stripes is not None
+    for block_q, block_kv in ((256, 512), (512, 256), (1024, 128)):
+        ready, made = (forward_plan(given, 1536, block_q) for given in (intervals, intervals._replace(stripes=None)))
+        np.testing.assert_array_equal(ready, intervals.stripes.reshape(-1))
+        blocks = np.arange(2 * 1024 // block_q)
+        of_ready = tiles_of(ready, blocks, block_q // 128, block_kv)
+        for one, other in zip(of_ready, tiles_of(made, blocks, 2, block_kv), strict=True):
+            np.testing.assert_array_equal(one, other)

@@ -26,7 +26,7 @@ from grug_kernels.attention.tpu_backward_blocks import (
     default_backward_blocks,
     vmem_bytes,
 )
-from grug_kernels.attention.tpu_backward_plan import TILE_INTS, BackwardPlan, backward_plan
+from grug_kernels.attention.tpu_plan import BackwardPlan, backward_plan, tiles_of
 from grug_kernels.attention.tpu_vmem import cores_of
 from grug_kernels.chips import TPUS
 from grug_kernels.dispatch import UnsupportedError
@@ -231,7 +231,7 @@ def test_plan(mask, key_chunk):
     blocks = BackwardBlocks(block_q=8, block_kv=4, row_chunk=2, key_chunk=key_chunk)
     plan = backward_plan(mask.intervals(2, 24, 24), 24, blocks)
     seen = dense_mask(mask, 2, 24, 24)
-    tiles = np.asarray(plan.tiles).reshape(2, 3, TILE_INTS)
+    tiles = np.stack(tiles_of(plan.stripes, np.arange(6), 2, 4)[:6], axis=-1).reshape(2, 3, 6)
     in_tiles = seen.reshape(2, 3, 8, 6, 4)
     for b, i in np.ndindex(2, 3):
         first, whole_first, whole_end, last, early_end, late_start = tiles[b, i]
@@ -256,7 +256,8 @@ def test_plan_of_a_long_causal_row_is_exact():
     blocks, length = BackwardBlocks(), 2**16
     position = jnp.arange(length, dtype=jnp.int32)[None]
     plan = backward_plan(Intervals(jnp.zeros_like(position), position + 1), length, blocks)
-    tiles, block = np.asarray(plan.tiles).reshape(-1, TILE_INTS), np.arange(128)
+    block = np.arange(128)
+    tiles = np.stack(tiles_of(plan.stripes, block, 2, 512)[:6], axis=-1)
     np.testing.assert_array_equal(tiles[:, 0], 0)
     np.testing.assert_array_equal(tiles[:, 2], block)
     np.testing.assert_array_equal(tiles[:, 3], block + 1)

@@ -22,7 +22,7 @@ from grug_kernels.attention.tpu_forward_blocks import (
     fit_forward,
     vmem_bytes,
 )
-from grug_kernels.attention.tpu_forward_plan import forward_plan
+from grug_kernels.attention.tpu_plan import forward_plan
 from grug_kernels.chips import MIB, TPUS
 from grug_kernels.dispatch import UnsupportedError
 from tests.kernels.test_attention import Case, compiled, oracle, random_mask, rms
@@ -51,9 +51,9 @@ def compiled_kernel(name: str):
 
     @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def run(q, k, v, sinks, intervals):
-        plan = forward_plan(intervals, case.kv_len, blocks.block_q, blocks.block_kv)
+        plan = forward_plan(intervals, case.kv_len, blocks.block_q)
         q, k, v = by_group(q, case.num_kv_heads), k.swapaxes(1, 2), v.swapaxes(1, 2)
-        out, lse, _ = attention_forward(
+        out, lse, _, _ = attention_forward(
             q, k, v, intervals, sinks, plan, static, with_error=case.dtype == "bfloat16", interpret=True
         )
         return from_group(out), lse.reshape(lse.shape[0], -1, lse.shape[3])

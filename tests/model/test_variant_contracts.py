@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -35,19 +36,42 @@ def built(variant, *, optimizer="adamw", trainer=TRAINER, **changes):
     return jax.jit(init), code.make_train_step(transform, trainer)
 
 
+def traced_on_four(variant, platform, seq_len=16):
+    """The train step, with the kernels of the platform."""
+    tpu = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu") if platform == "tpu" else None
+    devices = AbstractMesh((1, 2, 1, 1, 2), AXES, axis_types=(AxisType.Explicit,) * 5, abstract_device=tpu)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with jax.sharding.use_abstract_mesh(devices), dispatch.targeting(platform):
+        init, step = built(variant, max_seq_len=max(32, seq_len))
+        return step.trace(jax.eval_shape(init, key), abstract_batch(devices, seq_len=seq_len))
+
+
+def count_of(primitive: str, jaxpr) -> int:
+    """How often it stands in the program, whatever it is inside of but a Pallas kernel."""
+    found = sum(equation.primitive.name == primitive for equation in jaxpr.eqns)
+    inside = [equation.params for equation in jaxpr.eqns if equation.primitive.name != "pallas_call"]
+    for sub in jax.tree.leaves(inside, is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr)):
+        if isinstance(sub, Jaxpr | ClosedJaxpr):
+            found += count_of(primitive, getattr(sub, "jaxpr", sub))
+    return found
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_attention_skips_is_planned_once_for_all_layers(variant):
+    """Forward and backward, rematerialised or not: a cumulative maximum and minimum make the bounds of documents, two
+    minima and two maxima the plan; the kernels need no other."""
+    program = traced_on_four(variant, "tpu", seq_len=512).jaxpr
+    names = ("cummax", "cummin", "reduce_min")
+    assert {name: count_of(name, program) for name in names} == {"cummax": 1, "cummin": 1, "reduce_min": 2}
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_one_step_lowers_on_an_abstract_mesh_of_four_devices(variant, platform):
     """data=2, model=2: every sharding that the model writes must make sense without any device to try it on, with the
     kernels of the platform."""
-    tpu = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu") if platform == "tpu" else None
-    devices = AbstractMesh((1, 2, 1, 1, 2), AXES, axis_types=(AxisType.Explicit,) * 5, abstract_device=tpu)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    with jax.sharding.use_abstract_mesh(devices), dispatch.targeting(platform):
-        init, step = built(variant)
-        state = jax.eval_shape(init, key)
-        lowered = step.trace(state, abstract_batch(devices)).lower(lowering_platforms=(platform,))
-        metrics = lowered.out_info[1]
+    lowered = traced_on_four(variant, platform).lower(lowering_platforms=(platform,))
+    metrics = lowered.out_info[1]
     assert metrics["train/loss"].shape == ()
     assert ("attention_backward" in lowered.as_text()) == (platform == "tpu")
 
