@@ -22,8 +22,13 @@ from grug_kernels.attention.mask import Intervals
 from grug_kernels.attention.pallas_tpu_backward_kernel import Static as BackwardStatic
 from grug_kernels.attention.pallas_tpu_forward_kernel import Static as ForwardStatic
 from grug_kernels.attention.results import Results
-from grug_kernels.attention.tpu_backward_blocks import BackwardBlocks, BackwardShape, default_backward_blocks
-from grug_kernels.attention.tpu_forward_blocks import ForwardBlocks, ForwardShape, default_forward_blocks
+from grug_kernels.attention.tpu_backward_blocks import (
+    BackwardBlocks,
+    BackwardShape,
+    default_backward_blocks,
+    fit_backward,
+)
+from grug_kernels.attention.tpu_forward_blocks import ForwardBlocks, ForwardShape, default_forward_blocks, fit_forward
 from grug_kernels.attention.tpu_plan import backward_plan, forward_plan
 from grug_kernels.dispatch import UnsupportedError
 from grug_kernels.sharding import vary_alike
@@ -100,15 +105,18 @@ def _chip() -> str:
 def _blocks(q, k, v, chip: str, block_sizes: BlockSizes | None) -> tuple[ForwardBlocks, BackwardBlocks]:
     num_kv_heads, kv_len = k.shape[2], k.shape[1]
     sizes = (kv_len, num_kv_heads, q.shape[2] // num_kv_heads, q.shape[3], v.shape[3], q.dtype.itemsize)
-    forward = default_forward_blocks(ForwardShape(*sizes), chip)
+    forward_shape = ForwardShape(*sizes)
+    forward = default_forward_blocks(forward_shape, chip)
     error = 0 if q.dtype == jnp.float32 else q.dtype.itemsize
-    backward = default_backward_blocks(BackwardShape(*sizes, out_error_itemsize=error), chip)
+    backward_shape = BackwardShape(*sizes, out_error_itemsize=error)
+    backward = default_backward_blocks(backward_shape, chip)
     if block_sizes is not None:
         block_q, block_kv = block_sizes.block_q, block_sizes.block_kv
     else:
         block_q = _SHORT if q.shape[1] <= _SHORT else forward.block_q
         block_kv = _SHORT if kv_len <= _SHORT else forward.block_kv
-    return _cut(forward, block_q, block_kv, block_q), _cut(backward, block_q, block_kv, block_q // 2)
+    forward = fit_forward(_cut(forward, block_q, block_kv, block_q), forward_shape, chip)
+    return forward, fit_backward(_cut(backward, block_q, block_kv, block_q // 2), backward_shape, chip)
 
 
 def _cut(blocks, block_q: int, block_kv: int, row_chunk: int):

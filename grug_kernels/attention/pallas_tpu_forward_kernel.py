@@ -111,23 +111,23 @@ class _Refs(NamedTuple):
 
 
 class _Shape(Enum):
-    """Of a tile. UPPER: the first half of the queries sees nothing of its second half of keys, as on the diagonal of a
-    causal mask. LOWER: the second half sees nothing of its first half, as where a sliding window begins."""
+    """Of a tile. HALF: one half of the queries sees nothing of one half of the keys: the first of the second, as on the
+    diagonal of a causal mask, or the second of the first, as where a sliding window begins."""
 
     WHOLE = auto()
     MASKED = auto()
-    UPPER = auto()
-    LOWER = auto()
+    HALF = auto()
 
 
 class _Chunk(NamedTuple):
-    """Queries of one head against keys of a tile: what is in a stage of the pipeline."""
+    """Queries of one head against keys of a tile: what is in a stage of the pipeline. Where it begins may be known at
+    run time only."""
 
     kv_head: int
     head: int
-    first_query: int
+    first_query: Any
     num_queries: int
-    first_key: int
+    first_key: Any
     num_keys: int
 
 
@@ -213,9 +213,12 @@ def _masked_tiles(static: Static, refs: _Refs, tiles: Tiles, softmax: Softmax) -
         tile = jnp.where(i < before, tiles.first + i, tiles.whole_end + i - before)
         middle = tile * block_kv + block_kv // 2
         is_early_done, is_late_pending = tiles.early_end <= middle, tiles.late_start >= middle
-        shape = jnp.where(is_early_done, 1, jnp.where(is_late_pending, 2, 0))
-        bodies = (_Shape.MASKED, _Shape.UPPER, _Shape.LOWER)
-        lax.switch(shape, [partial(_tile, static, refs, tile, tiles.begin, softmax, shape) for shape in bodies])
+        add = partial(_tile, static, refs, tile, tiles.begin, softmax)
+        lax.cond(
+            is_early_done | is_late_pending,
+            lambda: add(_Shape.HALF, short_half=jnp.where(is_early_done, 0, 1)),
+            lambda: add(_Shape.MASKED),
+        )
 
     lax.fori_loop(0, before + tiles.last - tiles.whole_end, body, None)
 
@@ -224,22 +227,29 @@ def _whole_tiles(static: Static, refs: _Refs, tiles: Tiles, first, end, softmax:
     lax.fori_loop(first, end, lambda tile, _: _tile(static, refs, tile, tiles.begin, softmax, _Shape.WHOLE), None)
 
 
-def _row_chunks(static: Static, refs: _Refs, shape: _Shape) -> list[_Chunk]:
-    """Of a tile of this shape."""
+def _row_chunks(static: Static, refs: _Refs, shape: _Shape, short_half: Any = None) -> list[_Chunk]:
+    """Of a tile of this shape. short_half: 0 or 1, known at run time: the half of the queries that sees half of the
+    keys, the one of the same number."""
     blocks = static.blocks
     kv_heads, group, block_q, _ = refs.q.shape
+    heads = [(h, g) for h in range(kv_heads) for g in range(group)]
+    if shape != _Shape.HALF:
+        starts = range(0, block_q, blocks.row_chunk)
+        return [_Chunk(h, g, s, blocks.row_chunk, 0, blocks.block_kv) for h, g in heads for s in starts]
     half_q, half_kv = block_q // 2, blocks.block_kv // 2
-    num_queries = blocks.row_chunk if shape in (_Shape.WHOLE, _Shape.MASKED) else min(blocks.row_chunk, half_q)
-
-    def keys(start: int) -> tuple[int, int]:
-        if shape == _Shape.UPPER and start < half_q:
-            return 0, half_kv
-        if shape == _Shape.LOWER and start >= half_q:
-            return half_kv, half_kv
-        return 0, blocks.block_kv
-
-    starts = range(0, block_q, num_queries)
-    return [_Chunk(h, g, s, num_queries, *keys(s)) for h in range(kv_heads) for g in range(group) for s in starts]
+    num_queries = min(blocks.row_chunk, half_q)
+    first_key = pl.multiple_of(short_half * half_kv, half_kv)
+    chunks = []
+    for h, g in heads:
+        for s in range(0, half_q, num_queries):
+            short, long = (pl.multiple_of(half * half_q + s, num_queries) for half in (short_half, 1 - short_half))
+            pair = [
+                _Chunk(h, g, short, num_queries, first_key, half_kv),
+                _Chunk(h, g, long, num_queries, 0, blocks.block_kv),
+            ]
+            # Short ones first and last: the pipeline fills and empties with them.
+            chunks += pair if len(chunks) % 4 == 0 else pair[::-1]
+    return chunks
 
 
 def _statistic(static: Static, refs: _Refs, ref, chunk: _Chunk):
@@ -248,10 +258,10 @@ def _statistic(static: Static, refs: _Refs, ref, chunk: _Chunk):
     return ref.at[head, :, queries] if static.blocks.transposed else ref.at[head, queries, :]
 
 
-def _tile(static: Static, refs: _Refs, tile, begin, softmax: Softmax, shape: _Shape) -> None:
+def _tile(static: Static, refs: _Refs, tile, begin, softmax: Softmax, shape: _Shape, short_half: Any = None) -> None:
     """Adds a key tile to every row chunk, three stages of a pipeline at a time."""
     block_kv, is_transposed, as_tile = static.blocks.block_kv, static.blocks.transposed, static.blocks.as_tile
-    chunks = _row_chunks(static, refs, shape)
+    chunks = _row_chunks(static, refs, shape, short_half)
 
     def keys(chunk):
         start = pl.multiple_of((tile - begin) * block_kv + chunk.first_key, chunk.num_keys)

@@ -114,8 +114,14 @@ _MATRIX_WIDTH = {"v6e": 256, "tpu7x": 256}
 
 
 def default_backward_blocks(shape: BackwardShape, chip: str) -> BackwardBlocks:
-    """By predicted cycles, on v6e at 8192 tokens, 32/8 heads, head_dim 128 (2026-11-21; in millions): 4.65; row_chunk
-    512 5.18, 128 6.05; block_q 256 4.93; block_kv 256 4.96, 1024 5.33; not transposed_keys 5.5 (TPU7x; 4.57 there).
+    """One choice but for the order of dk and dv, the best that `bench/tune_attention.py` found: predicted ms of the
+    kernel alone, 2026-11-21; 1x8192, 32/8 heads of 128 | 2x8192, 32 of 64 | 2x8192, 8 of 256:
+
+        v5e    7.63 | 11.82 | 8.15      v6e    2.66 | 5.18 | 2.16
+        v5p    3.28 |  5.01 | 3.55      tpu7x  2.02 | 4.17 | 1.79
+
+    At 128, v6e: row_chunk 512 11 % slower, 128 30 %; block_q 256 6 %; block_kv 256 7 %, 1024 15 %; v5p: block_kv 1024
+    6 %, block_q 1024 4 %. The other order of dk and dv: tpu7x 20 % slower, v5p at 64 29 %, v6e at 256 1 %.
 
     Raises:
       UnsupportedError: one tile does not fit into the chip's VMEM.

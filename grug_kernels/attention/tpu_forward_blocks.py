@@ -79,17 +79,17 @@ def vmem_terms(shape: ForwardShape, blocks: ForwardBlocks) -> dict[str, int]:
     heads = blocks.kv_heads * blocks.heads_of(shape.group)
     rows, keys = heads * blocks.block_q, blocks.kv_heads * blocks.chunk(shape.kv_len)
     width, v_width, item = lanes(shape.head_dim), lanes(shape.v_head_dim), shape.itemsize
-    statistic = rows * 4 * (8 if blocks.transposed else 128)  # a row takes a tile of 8, a column one of 128
+    statistic = rows * 4 * (1 if blocks.transposed else 128)  # a column takes all lanes of its rows
     weighted = rows * 4 * (shape.v_head_dim if blocks.transposed else v_width)
     return {
         # Windows are doubled, one being filled as one is used.
         "q": 2 * rows * width * item,
         "k": 2 * keys * width * item,
         "v": 2 * keys * v_width * item,
-        "bounds": 2 * 2 * 8 * blocks.block_q * 4,
+        "bounds": 2 * 2 * blocks.block_q * 4,
         "out": 2 * rows * v_width * item,
         "error of out": 2 * rows * v_width * item if shape.with_error else 0,
-        "lse": 2 * 8 * rows * 4,
+        "lse": 2 * rows * 4,
         "statistics": 6 * statistic,  # reference, largest, total, excess; reference and total saved
         "weighted values": 2 * weighted,  # and saved
         "scores": 2 * blocks.block_kv * blocks.row_chunk * 4,
@@ -107,9 +107,14 @@ _ROW_CHUNKS = 4  # of a tile: fewer leave the pipeline nothing to overlap
 
 
 def default_forward_blocks(shape: ForwardShape, chip: str) -> ForwardBlocks:
-    """By predicted cycles, on v6e at 8192 tokens, 32/8 heads, head_dim 128 (2026-11-21; in millions, bounded and lagged
-    softmax): 2.07 and 2.61. With an exact maximum in every tile 3.07; of it block_kv 256 3.70, 1024 3.56, row_chunk 256
-    3.68 before scores and weights went through VMEM (3.34 then).
+    """One choice for all chips and widths, the best that `bench/tune_attention.py` found on each of them: predicted ms
+    of the kernel alone, lagged softmax, 2026-11-21; 1x8192, 32/8 heads of 128 | 2x8192, 32 of 64 | 2x8192, 8 of 256:
+
+        v5e    3.16 | 4.92 | 3.05      v6e    1.45 | 2.74 | 0.93
+        v5p    1.36 | 2.10 | 1.38      tpu7x  1.06 | 2.07 | 0.76
+
+    Next best at 128: block_kv 1024 (v6e 1.60, v5p 1.43, tpu7x 1.20), block_q 1024 (1.50, 1.43, 1.32). Two key heads of
+    four queries each are 5 % faster on v6e and tpu7x, and compile for twice as long. Not transposed: 2.75, 2.03, 2.17.
 
     Raises:
       UnsupportedError: one tile does not fit into the chip's VMEM.

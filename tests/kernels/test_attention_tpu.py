@@ -112,6 +112,14 @@ def test_what_it_does_not_take(change, message):
         pallas_tpu.attention(q, k, v, intervals, None, interpret=True, **options)
 
 
+def test_blocks_that_do_not_fit_are_refused_with_what_they_take():
+    q = jnp.zeros((1, 8192, 4, 128), jnp.bfloat16)
+    intervals = AttentionMask().intervals(1, 8192, 8192)
+    options = {"sm_scale": 1.0, "logit_soft_cap": None, "block_sizes": BlockSizes(4096, 4096), "interpret": True}
+    with pytest.raises(UnsupportedError, match=r"block_q=4096.*MiB of VMEM \(scores 128.0, weights 64.0.*v6e has 89.6"):
+        pallas_tpu.attention(q, q, q, intervals, None, **options)
+
+
 @pytest.mark.parametrize("lengths", [(16, 16), (8, 24)])
 @settings(deadline=None, max_examples=20)
 @given(data=st.data())
