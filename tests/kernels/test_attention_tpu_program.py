@@ -25,6 +25,8 @@ from grug_kernels.attention import (
 )
 
 BLOCKS = BlockSizes(8, 8)
+# Tests compile for longer than they run.
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 AXES = ("data", "model")
 OUT_AND_LSE = ["attention_out", "attention_lse"]
 
@@ -65,19 +67,18 @@ def assert_close(ours, theirs):
         np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("data", "model"), [(4, 2), (8, 1)])
-def test_eight_devices_equal_one(data, model):
+def test_eight_devices_equal_one():
     """Under shard_map with its checks on, which the public function does by itself."""
     inputs = random_inputs(batch=8, length=16)
     mask = AttentionMask(sliding_window=6, segment_ids=jnp.asarray(np.arange(16) // 5 * np.ones((8, 1)), jnp.int32))
-    expected = jax.jit(partial(results_and_gradients, implementation="reference"))(*inputs, mask)
+    expected = jit(partial(results_and_gradients, implementation="reference"))(*inputs, mask)
     by_batch_and_head, statistics = P("data", None, "model", None), P("data", "model", None)
     specs = [by_batch_and_head] * 3 + [P("model"), by_batch_and_head, statistics]
-    mesh = jax.make_mesh((data, model), AXES, axis_types=(AxisType.Explicit,) * 2)
+    mesh = jax.make_mesh((4, 2), AXES, axis_types=(AxisType.Explicit,) * 2)
     # check_vma takes only the interpreter that simulates a TPU's memory.
     with jax.set_mesh(mesh), interpreting(pltpu.InterpretParams()):
         placed = [jax.reshard(x, spec) for x, spec in zip(inputs, specs, strict=True)]
-        results = jax.jit(partial(results_and_gradients, implementation="pallas_tpu"))(*placed, mask)
+        results = jit(partial(results_and_gradients, implementation="pallas_tpu"))(*placed, mask)
         assert results[0].sharding.spec == by_batch_and_head
         assert jax.typeof(results[1]).sharding.spec == statistics
     assert_close(results, expected)
@@ -86,14 +87,14 @@ def test_eight_devices_equal_one(data, model):
 @pytest.mark.usefixtures("interpreted")
 def test_vmap_over_everything():
     """Over masks too, so that every element has a plan of its own."""
-    inputs = random_inputs(batch=6, length=16)
+    inputs = random_inputs(batch=6, length=16, num_heads=2, num_kv_heads=1)
     masks = AttentionMask(sliding_window=jnp.array([2, 5, 16]))
     q, k, v, sinks, dout, dlse = inputs
     in_three = [x.reshape(3, 2, *x.shape[1:]) for x in (q, k, v, dout, dlse)]
     q, k, v, dout, dlse = in_three
     run = partial(results_and_gradients, implementation="pallas_tpu")
-    together = jax.jit(jax.vmap(run, in_axes=(0, 0, 0, None, 0, 0, 0)))(q, k, v, sinks, dout, dlse, masks)
-    one_by_one = jax.jit(partial(results_and_gradients, implementation="reference"))
+    together = jit(jax.vmap(run, in_axes=(0, 0, 0, None, 0, 0, 0)))(q, k, v, sinks, dout, dlse, masks)
+    one_by_one = jit(partial(results_and_gradients, implementation="reference"))
     for i, window in enumerate((2, 5, 16)):
         alone = one_by_one(q[i], k[i], v[i], sinks, dout[i], dlse[i], AttentionMask(sliding_window=jnp.array(window)))
         assert_close([x[i] for x in together], alone)
@@ -101,7 +102,7 @@ def test_vmap_over_everything():
 
 @pytest.mark.usefixtures("interpreted")
 def test_scan_over_layers_with_their_windows():
-    q, k, v, *_ = random_inputs()
+    q, k, v, *_ = random_inputs(num_heads=2, num_kv_heads=1)
     windows = jnp.array([2, 24])
 
     def stacked(q):
@@ -116,13 +117,19 @@ def test_scan_over_layers_with_their_windows():
             q = attention(q, k, v, AttentionMask(sliding_window=window), implementation="reference")
         return (q**2).sum()
 
-    assert_close(jax.jit(jax.grad(stacked))(q), jax.grad(unrolled)(q))
+    assert_close(jit(jax.grad(stacked))(q), jit(jax.grad(unrolled))(q))
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("implementation", ["pallas_tpu", "xla", "reference"])
-@pytest.mark.parametrize("scale", [0.1, 30.0])
-@pytest.mark.parametrize("options", [{}, {"logit_soft_cap": 2.0}, {"sinks": jnp.full(4, 100.0)}], ids=str)
+@pytest.mark.parametrize(
+    ("implementation", "scale", "options"),
+    [
+        ("pallas_tpu", 0.1, {}),
+        ("pallas_tpu", 30.0, {"sinks": jnp.full(4, 100.0)}),
+        ("xla", 30.0, {"sinks": jnp.full(4, 100.0)}),
+        *[(name, 30.0, {"logit_soft_cap": 2.0}) for name in ("pallas_tpu", "xla", "reference")],
+    ],
+)
 def test_the_largest_logit_of_each_head(implementation, scale, options):
     """Over what is seen; a row that is all padding has none. Both ways to take the softmax, and no gradient."""
     q, k, v, *_ = random_inputs(batch=3)
@@ -141,9 +148,14 @@ def test_the_largest_logit_of_each_head(implementation, scale, options):
         z = 2.0 * np.tanh(z / 2.0)
     lower, upper = (np.asarray(bound)[:, None, :, None] for bound in mask.intervals(3, 24, 24)[:2])
     expected = np.where((lower <= np.arange(24)) & (np.arange(24) < upper), z, -np.inf).max(axis=(2, 3))
-    result, pull_back = jax.vjp(jax.jit(largest), q)
+
+    def with_gradient(q):
+        result, pull_back = jax.vjp(largest, q)
+        return result, *pull_back(jnp.ones_like(result))
+
+    result, gradient = jit(with_gradient)(q)
     np.testing.assert_allclose(result, expected, rtol=1e-5)
-    assert not pull_back(jnp.ones_like(result))[0].any()
+    assert not gradient.any()
 
 
 def test_a_tpu_has_its_kernels_without_being_asked():
@@ -162,19 +174,19 @@ def test_a_tpu_has_its_kernels_without_being_asked():
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("names", "is_run_again"), [(["attention_out"], True), (OUT_AND_LSE, False)])
-def test_saved_names_spare_the_second_forward(dtype, names, is_run_again):
-    """With out and lse kept, a remat policy never runs the forward kernel again; with out alone it has to."""
+def test_saved_names_spare_the_second_forward(names, is_run_again):
+    """With out, its rounding error and lse kept, a remat policy never runs the forward kernel again; without lse it has
+    to."""
     keep = jax.checkpoint_policies.save_only_these_names(*names)
-    q, k, v, *_ = random_inputs(length=8, dtype=dtype)
+    q, k, v, *_ = random_inputs(length=8, num_heads=1, num_kv_heads=1, dtype=jnp.bfloat16)
 
     def layer(q):
         return attention(jnp.sin(q), k, v, AttentionMask(), implementation="pallas_tpu", block_sizes=BLOCKS)
 
     program = jax.value_and_grad(lambda q: jax.checkpoint(layer, policy=keep)(q).astype(jnp.float32).sum())
     # The jaxpr still has a second call, whose results nobody uses: what counts is the compiled program.
-    loops = [line for line in jax.jit(program).lower(q).compile().as_text().splitlines() if " while(" in line]
+    loops = [line for line in jit(program).lower(q).compile().as_text().splitlines() if " while(" in line]
     again = [loop for loop in loops if "rematted_computation" in loop and "attention_forward" in loop]
     assert bool(again) == is_run_again
     assert any("attention_backward" in loop for loop in loops)
