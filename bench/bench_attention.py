@@ -3,7 +3,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from bench.ahead import every, tell, told
@@ -11,9 +10,8 @@ from bench.peers import attention as peers
 from bench.shapes import CPU_ATTENTION, TPU_ATTENTION, TPU_CHIPS, named, names
 from bench.timing import compile_timed, run
 from bench.tpu.rows import predicted_row
+from bench.tune_attention import backward_blocks, backward_case, forward_blocks, forward_case
 from grug_kernels.attention import AttentionMask, attention
-from grug_kernels.attention.tpu_forward_blocks import ForwardBlocks
-from grug_kernels.attention.tpu_plan import forward_plan
 
 
 def inputs(shape):
@@ -50,28 +48,32 @@ def bench_attention(benchmark, shape, implementation, passes):
     )
 
 
-def ours_forward(shape):
-    """(function, args, scalar tables): in the layout of a model, transposes counted. Softmax with a maximum."""
+def ours(shape, passes: peers.Passes, chip: str):
+    """The kernel in its own layout, in which XLA writes a model's projections at no cost; softmax with a maximum."""
+    if passes == "forward":
+        blocks = forward_blocks(shape, chip, {})
+        return forward_case(shape, blocks, "lagged"), blocks
+    blocks = backward_blocks(shape, chip, {})
+    return backward_case(shape, blocks), blocks
 
-    def forward(q, k, v):
-        return attention(q, k, v, AttentionMask(causal=True), implementation="pallas_tpu")
 
-    heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
-    args = [jax.ShapeDtypeStruct((shape.batch, shape.seq_len, n, shape.head_dim), jnp.bfloat16) for n in heads]
-    blocks = ForwardBlocks()
-    intervals = AttentionMask(causal=True).intervals(shape.batch, shape.seq_len, shape.seq_len)
-    plan = forward_plan(intervals, shape.seq_len, blocks.block_q)
-    return forward, args, {("attention_forward", 0): np.asarray(plan)}, f"{blocks.block_q}×{blocks.block_kv}"
+def causal_flops(shape, passes: peers.Passes) -> float:
+    """Of the pairs that are seen. The backward pass makes the scores again, and two matmuls for each of forward's."""
+    mask = AttentionMask(causal=True, sliding_window=shape.sliding_window)
+    lower, upper, _ = mask.intervals(1, shape.seq_len, shape.seq_len)
+    share = float((upper - lower).sum()) / shape.seq_len**2
+    return share * shape.forward_flops * (1 if passes == "forward" else 2.5)
 
 
 def row(chip: str, shape: str, passes: peers.Passes, implementation: str):
-    """Causal: half of the scores. The backward pass makes them again, and two matmuls for each of forward's."""
+    """In each one's own layout; what is between that and its public function is in the models' steps."""
     sizes = named(TPU_ATTENTION, shape)
-    flops = sizes.forward_flops / 2 * (1 if passes == "forward" else 2.5)
+    flops = causal_flops(sizes, passes)
     facts = {"op": "attention", "passes": passes, "implementation": implementation, "shape": shape}
     if implementation == "pallas_tpu":
-        function, args, smem, blocks = ours_forward(sizes)
-        return predicted_row(function, args, chip, facts | {"block_sizes": blocks}, flops=flops, smem=smem)
+        case, blocks = ours(sizes, passes, chip)
+        facts |= {"block_sizes": f"{blocks.block_q}×{blocks.block_kv}"}
+        return predicted_row(case.function, case.args, chip, facts, flops=flops, smem=case.smem)
     blocks = peers.block_sizes_of(implementation, sizes, passes, chip)
     facts |= {"block_sizes": "{query}×{key}, {compute} at a time".format(**blocks)}
     function, args = peers.attention_case(implementation, sizes, passes, chip)
@@ -85,7 +87,10 @@ def row(chip: str, shape: str, passes: peers.Passes, implementation: str):
         ("pallas_tpu", "forward"),
         ("jax_splash", "forward"),
         ("tokamax_splash", "forward"),
-        long=[(peer, "backward") for peer in ("jax_splash", "tokamax_splash")] + [("levanter_grug", "forward")],
+        long=[
+            *((name, "backward") for name in ("pallas_tpu", "jax_splash", "tokamax_splash")),
+            ("levanter_grug", "forward"),
+        ],
     ),
 )
 @pytest.mark.parametrize("shape", every(*names(TPU_ATTENTION[:1]), long=names(TPU_ATTENTION[1:])))
