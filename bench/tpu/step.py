@@ -86,12 +86,12 @@ def predicted_step(
     variant: str, config: Any, topology: Topology, *, levanter: bool = False
 ) -> tuple[Record, StepPrediction | None]:
     """As `step_record`, and what the step is predicted to take; None where it was refused. Compiles once."""
+    trainer = config.trainer
+    rows = trainer.batch_size // topology.mesh(model=trainer.model_axis).shape["data"]
+    tables = {} if levanter else attention_tables(rows, trainer.seq_len)
     with _compiling_step(variant, config, topology, levanter, schedules=True) as (record, program):
         if program is None:
             return record, None
-        trainer = config.trainer
-        rows = trainer.batch_size // topology.mesh(model=trainer.model_axis).shape["data"]
-        tables = {} if levanter else attention_tables(rows, trainer.seq_len)
         prediction = schedule.read(record, program, tables)
         return record, StepPrediction(prediction, trainer.batch_size * trainer.seq_len, topology.num_chips)
 
