@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles every kernel for every chip at the shapes that are trained, and fails where one is refused.
 
-    python -m bench.tpu.production                 # all of them, two at a time
+    python -m bench.tpu.production                 # two at a time, what is slow to compile for some chips only
+    python -m bench.tpu.production --everywhere    # every shape for every chip
     python -m bench.tpu.production v6e loss        # those whose name has every one of these words
 
 A refusal that `EXPECTED` lists, with its reason, is no failure; one that is listed and does not come is.
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 
-from bench.shapes import TPU_ATTENTION, TPU_LOSS, AttentionShape, LossShape
+from bench.shapes import TPU_ATTENTION_COMPILED, TPU_LOSS, AttentionShape, LossShape
 from bench.tpu.record import compile_record
 from bench.tpu.topology import stay_on_cpu, tpu_topology
 from grug_kernels import chips
@@ -59,11 +60,30 @@ class Outcome:
 
 def attention_with_gradients(shape: AttentionShape) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     def loss(q, k, v):
-        return jnp.sum(attention(q, k, v, AttentionMask(causal=True)).astype(jnp.float32))
+        return _attention_loss(q, k, v, AttentionMask(causal=True, sliding_window=shape.sliding_window))
 
-    heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
-    args = (ShapeDtypeStruct((shape.batch, shape.seq_len, n, shape.head_dim), jnp.bfloat16) for n in heads)
-    return jax.grad(loss, argnums=(0, 1, 2)), tuple(args)
+    return jax.grad(loss, argnums=(0, 1, 2)), _attention_args(shape)
+
+
+def packed_attention_with_gradients(shape: AttentionShape) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    def loss(q, k, v, segment_ids):
+        return _attention_loss(q, k, v, AttentionMask(causal=True, segment_ids=segment_ids))
+
+    segment_ids = ShapeDtypeStruct((shape.batch, shape.seq_len), jnp.int32)
+    return jax.grad(loss, argnums=(0, 1, 2)), (*_attention_args(shape), segment_ids)
+
+
+def _attention_loss(q, k, v, mask: AttentionMask):
+    return jnp.sum(attention(q, k, v, mask, implementation="pallas_tpu").astype(jnp.float32))
+
+
+def _attention_args(shape: AttentionShape) -> tuple[Any, ...]:
+    sizes = (
+        (shape.num_heads, shape.head_dim),
+        (shape.num_kv_heads, shape.head_dim),
+        (shape.num_kv_heads, shape.v_head_dim or shape.head_dim),
+    )
+    return tuple(ShapeDtypeStruct((shape.batch, shape.seq_len, *size), jnp.bfloat16) for size in sizes)
 
 
 def loss_with_gradients(shape: LossShape) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -85,17 +105,32 @@ def _loss_args(shape: LossShape) -> tuple[Any, ...]:
 
 
 OPS = {
-    "attention": (attention_with_gradients, TPU_ATTENTION),
+    "attention": (attention_with_gradients, TPU_ATTENTION_COMPILED),
+    "packed attention": (packed_attention_with_gradients, TPU_ATTENTION_COMPILED[1:2]),
     "loss": (loss_with_gradients, TPU_LOSS),
     "token losses": (loss_of_tokens, TPU_LOSS),
 }
 
 
-def names() -> Iterator[str]:
-    """Every case: "v6e, loss, 4096x768x50257"."""
+# Forward and backward of attention take 25 CPU seconds. All chips get 1x8192x32/8x128. Windows and documents are data
+# to its kernels, and change XLA's part only. Wide heads and long rows go where VMEM is small.
+SOME_CHIPS = {
+    "attention, 1x4096x16x128": ("v6e",),
+    "attention, 4x4096x32/8x128 window 1024": ("v6e",),
+    "attention, 2x8192x32x64": ("tpu7x",),
+    "attention, 2x8192x8x256": ("v5p",),
+    "attention, 2x4096x16x192/128": ("v5p",),
+    "attention, 1x32768x32/8x128": ("v5p", "tpu7x"),
+    "packed attention, 1x8192x32/8x128": ("v6e",),
+}
+
+
+def names(*, everywhere: bool = False) -> Iterator[str]:
+    """Every case: "v6e, loss, 4096x768x50257". everywhere: also those that `SOME_CHIPS` leaves out."""
     for chip in CHIPS:
         for op, (_, shapes) in OPS.items():
-            yield from (f"{chip}, {op}, {shape}" for shape in shapes)
+            cases = (f"{op}, {shape}" for shape in shapes)
+            yield from (f"{chip}, {case}" for case in cases if everywhere or chip in SOME_CHIPS.get(case, CHIPS))
 
 
 def compiled(name: str) -> Outcome:
@@ -110,10 +145,12 @@ def compiled(name: str) -> Outcome:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.tpu.production", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("words", nargs="*", help="only cases whose name has all of them")
-    words = parser.parse_args().words
-    chosen = [name for name in names() if all(word in name for word in words)]
+    parser.add_argument("--everywhere", action="store_true", help="every shape for every chip: half an hour")
+    options = parser.parse_args()
+    chosen = [name for name in names(everywhere=options.everywhere) if all(word in name for word in options.words)]
     if not chosen:
-        parser.error(f"no case has {' and '.join(map(repr, words))}; there are, for one, {next(names())!r}.")
+        words = " and ".join(map(repr, options.words))
+        parser.error(f"no case has {words}; there are, for one, {next(names())!r}.")
     failures = 0
     with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=stay_on_cpu) as pool:
         for future in as_completed([pool.submit(compiled, name) for name in chosen]):

@@ -84,13 +84,13 @@ class Results(NamedTuple):
 
 
 class _Refs(NamedTuple):
-    """Of one grid step, those with a leading axis `chunks` for the row chunks of `_row_chunks`, all float32. Shapes of
-    transposed scores; the axes after the first are exchanged where they are not.
+    """Of one grid step; heads: of queries. From reference on shapes are of transposed scores, their last two axes being
+    exchanged where they are not, and all but weights are float32.
 
     q [kv_heads, group, block_q, head_dim]; k, v [kv_heads, keys, head_dim | v_head_dim]; lower, upper [1, block_q]
-    reference, largest, total [chunks, 1, row_chunk]: of the weights so far, of all scores so far, sum of the weights
-    weighted [chunks, v_head_dim, row_chunk]: the values, weighted and summed
-    excess [chunks, 1, row_chunk]: how far a score was above its reference
+    reference, largest, total [heads, 1, block_q]: of the weights so far, of all scores so far, sum of the weights
+    weighted [heads, v_head_dim, block_q]: the values, weighted and summed
+    excess [heads, 1, block_q]: how far a score was above its reference
     weights, scores [2, block_kv, row_chunk]: between the stages, chunks taking turns; weights in the type of v
     saved: reference, total and weighted at the beginning of the step
     """
