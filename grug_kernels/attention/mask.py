@@ -53,7 +53,7 @@ class AttentionMask:
     Attributes:
       sliding_window: whole number of at least 1, or a traced int scalar (one below 1 sees nothing).
       segment_ids: int [batch, kv_len]. An id that comes back later is a new document; a negative one is padding, which
-        sees nothing and is seen by nothing.
+        sees nothing and is seen by nothing. Chunks are documents cut further: 2 * ids + position // chunk_size % 2.
       prefix_len: int scalar, [batch] or [batch, kv_len] (read at the query). Counted from the start of the document, or
         of the row without segment_ids. Widens a causal mask only.
     """

@@ -97,6 +97,17 @@ def test_a_prefix_for_each_position_is_read_at_the_query():
     assert mask.intervals(1, 2, 4).upper.tolist() == [[4, 4]]
 
 
+def test_chunks_are_documents_cut_further():
+    """As the docstring says: a query sees what is in its document and in its chunk. Two documents of 6, chunks of 4."""
+    ids = jnp.where(jnp.arange(14) < 12, jnp.arange(14) // 6, -1)[None]
+    chunked = AttentionMask(segment_ids=2 * ids + jnp.arange(14) // 4 % 2)
+    seen = as_dense(chunked.intervals(1, 14, 14), 14)[0]
+    position = np.arange(14)
+    same = (position[:, None] // 6 == position // 6) & (position[:, None] // 4 == position // 4)
+    expected = same & (position <= position[:, None]) & (position[:, None] < 12) & (position < 12)
+    np.testing.assert_array_equal(seen, expected)
+
+
 def test_a_window_of_w_shows_w_keys():
     """Off-by-one windows are the field's classic: inclusive masks keep W + 1 keys."""
     lower, upper, _ = AttentionMask(sliding_window=3).intervals(1, 9, 9)
