@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arrays of a checkpoint: their names, how they are described, stored, verified and placed on a mesh."""
 
+import asyncio
+import contextlib
+from collections.abc import Coroutine, Iterator
 from typing import Any
 
 import jax
@@ -81,7 +84,8 @@ def load(
       Exception: whatever TensorStore makes of broken files.
     """
     targets = {name: _target(leaf, mesh) for name, leaf in wanted.items()}
-    arrays = lev.load_checkpoint(targets, path, mesh=mesh)
+    with _failed_reads_end():
+        arrays = lev.load_checkpoint(targets, path, mesh=mesh)
     on_disk, described = specs(arrays), specs(targets)
     for name in described:
         if on_disk[name] != described[name]:
@@ -93,6 +97,28 @@ def load(
                 f"{len(bad)} of {len(arrays)} arrays are not what was saved (checksum): {', '.join(bad[:3])}"
             )
     return {name: _as_key(array, wanted[name]) if _is_key(wanted[name]) else array for name, array in arrays.items()}
+
+
+@contextlib.contextmanager
+def _failed_reads_end() -> Iterator[None]:
+    """While it lasts, `asyncio.run`, which Levanter reads with, waits for the tasks that a failed one leaves behind.
+
+    By itself it cancels them, and cancelling a TensorStore read (0.1.84) as it ends never returns: it waits, holding
+    the interpreter's lock, for a callback that needs that lock. One damaged array would hang the start of a run.
+    """
+    run = asyncio.run
+
+    async def ended(coroutine: Coroutine) -> Any:
+        try:
+            return await coroutine
+        finally:
+            await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
+
+    asyncio.run = lambda main, **options: run(ended(main), **options)
+    try:
+        yield
+    finally:
+        asyncio.run = run
 
 
 def checksums(arrays: dict[str, jax.Array]) -> dict[str, int]:
