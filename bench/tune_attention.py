@@ -32,8 +32,6 @@ from grug_kernels.attention.mask import Intervals
 from grug_kernels.attention.pallas_tpu_backward import attention_backward
 from grug_kernels.attention.pallas_tpu_backward_kernel import Static as BackwardStatic
 from grug_kernels.attention.pallas_tpu_forward import attention_forward
-from grug_kernels.attention.pallas_tpu_forward_kernel import Softmax
-from grug_kernels.attention.pallas_tpu_forward_kernel import Static as ForwardStatic
 from grug_kernels.attention.tpu_backward_blocks import (
     BackwardBlocks,
     BackwardShape,
@@ -41,6 +39,8 @@ from grug_kernels.attention.tpu_backward_blocks import (
     fit_backward,
 )
 from grug_kernels.attention.tpu_forward_blocks import ForwardBlocks, ForwardShape, default_forward_blocks, fit_forward
+from grug_kernels.attention.tpu_forward_softmax import Softmax
+from grug_kernels.attention.tpu_forward_softmax import Static as ForwardStatic
 from grug_kernels.attention.tpu_plan import BackwardPlan, backward_plan, forward_plan
 from grug_kernels.dispatch import UnsupportedError
 

@@ -290,7 +290,9 @@ def _aligned(label: str, text: str) -> list[str]:
         wrapped = _shell_lines(text, room - 2)
     else:
         wrapped = [
-            line for part in text.split("\n") for line in textwrap.wrap(part, room, break_on_hyphens=False) or [""]
+            line
+            for part in text.split("\n")
+            for line in textwrap.wrap(part, room, break_on_hyphens=False, break_long_words=False) or [""]
         ]
     return [f"{label if i == 0 else '':<{LABEL}}{line}" for i, line in enumerate(wrapped)]
 

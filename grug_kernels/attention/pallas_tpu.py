@@ -20,7 +20,6 @@ from grug_kernels.attention import pallas_tpu_backward, pallas_tpu_forward
 from grug_kernels.attention.block_sizes import BlockSizes
 from grug_kernels.attention.mask import Intervals
 from grug_kernels.attention.pallas_tpu_backward_kernel import Static as BackwardStatic
-from grug_kernels.attention.pallas_tpu_forward_kernel import Static as ForwardStatic
 from grug_kernels.attention.results import Results
 from grug_kernels.attention.tpu_backward_blocks import (
     BackwardBlocks,
@@ -29,6 +28,7 @@ from grug_kernels.attention.tpu_backward_blocks import (
     fit_backward,
 )
 from grug_kernels.attention.tpu_forward_blocks import ForwardBlocks, ForwardShape, default_forward_blocks, fit_forward
+from grug_kernels.attention.tpu_forward_softmax import Static as ForwardStatic
 from grug_kernels.attention.tpu_plan import backward_plan, forward_plan
 from grug_kernels.dispatch import UnsupportedError
 from grug_kernels.sharding import vary_alike

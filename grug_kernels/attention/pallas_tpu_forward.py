@@ -10,14 +10,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from grug_kernels.attention.pallas_tpu_forward_kernel import Results, Static, kernel
+from grug_kernels.attention.pallas_tpu_forward_kernel import kernel
 from grug_kernels.attention.tpu_forward_blocks import ForwardBlocks
+from grug_kernels.attention.tpu_forward_softmax import Outputs, Static
 from grug_kernels.attention.tpu_plan import stripes_per_block, tiles_of
 
 
 def attention_forward(
     q, k, v, intervals, sinks, plan, static: Static, *, with_error: bool, interpret: Any = False
-) -> Results:
+) -> Outputs:
     """out [batch, num_kv_heads, group, q_len, v_head_dim] in the type of q, and of each query in float32 lse and, if
     `static` says so, its largest score, [batch, num_kv_heads, group, q_len]. with_error: what out lost when it was
     rounded, laid out like it.
@@ -54,7 +55,7 @@ def attention_forward(
     row_type = shape_of((*in_parts[:3], 1, q_len), jnp.float32)
 
     def results(by_width, by_row):
-        return Results(by_width, by_row, by_width if with_error else None, by_row if static.with_max_logits else None)
+        return Outputs(by_width, by_row, by_width if with_error else None, by_row if static.with_max_logits else None)
 
     found = pl.pallas_call(
         partial(kernel, static=static, per_block=per_block),
@@ -88,7 +89,7 @@ def attention_forward(
         *(bound[:, None] for bound in intervals[:2]),
     )
     shapes = results((*q.shape[:4], v_head_dim), q.shape[:4])
-    return Results(*(x if x is None else x.reshape(shape) for x, shape in zip(found, shapes, strict=True)))
+    return Outputs(*(x if x is None else x.reshape(shape) for x, shape in zip(found, shapes, strict=True)))
 
 
 def _scratch_shapes(blocks: ForwardBlocks, group_heads: int, v) -> list[Any]:

@@ -14,7 +14,6 @@ from bench.tpu.topology import LIBTPU_IS_MISSING, has_libtpu
 from bench.tune_attention import measured
 from grug_kernels.attention.mask import AttentionMask
 from grug_kernels.attention.pallas_tpu_forward import attention_forward
-from grug_kernels.attention.pallas_tpu_forward_kernel import Static
 from grug_kernels.attention.tpu_forward_blocks import (
     ForwardBlocks,
     ForwardShape,
@@ -22,6 +21,7 @@ from grug_kernels.attention.tpu_forward_blocks import (
     fit_forward,
     vmem_bytes,
 )
+from grug_kernels.attention.tpu_forward_softmax import Static
 from grug_kernels.attention.tpu_plan import forward_plan
 from grug_kernels.chips import MIB, TPUS
 from grug_kernels.dispatch import UnsupportedError
