@@ -137,6 +137,8 @@ def assert_as_good_as_plain(case: Case, inputs, mask: AttentionMask, results, *,
         np.testing.assert_array_equal(ours[~seen], exact[~seen], err_msg=name)
         error, plain_error = (rms(x[seen] - exact[seen]) for x in (ours, theirs))
         limit = 2 * plain_error + 1e-6 * (rms(np.asarray(inputs[0], np.float64)) if name == "dk" else 1.0)
+        if name == "lse":  # may be one number, which plain jnp happens to round well: one unit of its last place
+            limit += 2.0**-23 * rms(exact[seen])
         if from_lse and name == "dsinks":
             limit = max(limit, 3 * usual_error_of_dsinks(inputs, truth, plain))
         if from_lse:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The TPU kernels, forward and backward together, interpreted on a CPU and held against float64."""
 
+from dataclasses import replace
 from functools import cache, partial
 from unittest import mock
 
@@ -62,6 +63,37 @@ def test_results_and_gradients(case, scale, seed):
     results = compiled(case)(*inputs, mask)
     assert [x.dtype for x in results[:5]] == [case.dtype, jnp.float32] + [case.dtype] * 3
     assert_as_good_as_plain(case, inputs, mask, results, from_lse=True)
+
+
+def everything_seen(case: Case) -> AttentionMask:
+    """Of a causal mask; every field is there, so that nothing is compiled anew."""
+    ids, prefixes = jnp.zeros((case.batch, case.kv_len), jnp.int32), jnp.zeros(case.batch, jnp.int32)
+    return AttentionMask(sliding_window=jnp.int32(2**31 - 1), segment_ids=ids, prefix_len=prefixes)
+
+
+@pytest.mark.parametrize(
+    "kind", ["huge scores", "equal keys", "window of 1", "documents of a tile", "documents across"]
+)
+def test_adversarial(kind):
+    """whole tiles: documents end where tiles of 8 keys do; tiles apart: three keys before."""
+    case = CASES[0]
+    q, k, v, sinks, *cotangents = case.inputs(5, 1000.0 if kind == "huge scores" else 1.0)
+    mask = everything_seen(case)
+    if kind == "equal keys":
+        k = jnp.broadcast_to(k[:, :1], k.shape) + 1e-3 * k
+    if kind == "window of 1":
+        mask = replace(mask, sliding_window=jnp.int32(1))
+    if kind in ("whole tiles", "tiles apart"):
+        ids = (jnp.arange(21) + (3 if kind == "tiles apart" else 0)) // 8
+        mask = replace(mask, segment_ids=jnp.broadcast_to(ids, (2, 21)).astype(jnp.int32))
+    inputs = q, k, v, sinks, *cotangents
+    assert_as_good_as_plain(case, inputs, mask, compiled(case)(*inputs, mask), from_lse=True)
+
+
+def test_one_token():
+    case = Case(1, 1, 1, 2, 1, 64, 64, BLOCKS, sinks=True)
+    inputs, mask = case.inputs(0, 1.0), everything_seen(case)
+    assert_as_good_as_plain(case, inputs, mask, compiled(case)(*inputs, mask), from_lse=True)
 
 
 @pytest.mark.parametrize("sinks", [False, True])
