@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from grug_kernels.cross_entropy.pallas_tpu_gradients import gradients_of_block
+from grug_kernels.cross_entropy.pallas_tpu_gradients import HeadSums, gradients_of_block
 from grug_kernels.cross_entropy.pallas_tpu_logits import Logits, logits_of_block
 from grug_kernels.cross_entropy.settings import LossSettings
 from grug_kernels.cross_entropy.tpu_blocks import LANES, TpuBlocks, tpu_blocks
@@ -26,11 +26,13 @@ _V6E_VMEM = 128 * 2**20  # what an interpreted kernel is cut for
 
 @dataclass(frozen=True)
 class _Static:
-    """vocab_size: before it is filled up. interpret: run on a CPU, for tests; as `pl.pallas_call` takes it."""
+    """vocab_size: before it is filled up. num_blocks: of tokens. interpret: run on a CPU, for tests; as
+    `pl.pallas_call` takes it."""
 
     settings: LossSettings
     vocab_size: int
     blocks: TpuBlocks
+    num_blocks: int
     interpret: Any
 
 
@@ -64,7 +66,7 @@ def _static(hidden, lm_head, settings: LossSettings, interpret: Any) -> _Static:
     block_tokens = None if settings.block_sizes is None else settings.block_sizes.block_tokens
     vmem = _V6E_VMEM if interpret else _vmem()
     blocks = tpu_blocks(*hidden.shape, vocab_size, hidden.dtype.itemsize, vmem, block_tokens)
-    return _Static(settings, vocab_size, blocks, interpret)
+    return _Static(settings, vocab_size, blocks, -(-hidden.shape[0] // blocks.block_tokens), interpret)
 
 
 def _vmem() -> int:
@@ -103,7 +105,8 @@ def _forward_with_gradients(static: _Static, hidden, lm_head, labels, weight):
         dhidden, carry = _add_gradients(static, hidden, whole_head, labels, push, weight, logits, carry)
         return carry, (dhidden.astype(hidden.dtype), _losses_of(logits, settings))
 
-    dlm_head, (dhidden, losses) = _with_gradients(static, block, whole_head, (hidden, labels, weight))
+    dtype = jnp.float32 if shards.gather_axes or shards.reduce_axes else lm_head.dtype
+    dlm_head, (dhidden, losses) = _with_gradients(static, block, whole_head, (hidden, labels, weight), dtype)
     dlm_head = shards.scattered(dlm_head).astype(lm_head.dtype)
     sums, dweight = weighted_sums(losses, weight, shards)
     return sums, (dhidden, dlm_head, dweight)
@@ -149,7 +152,7 @@ def _token_losses_backward(static: _Static, inputs, cotangents):
         dhidden, carry = _add_gradients(static, hidden, whole_head, labels, dloss + dlse, dloss, logits, carry)
         return carry, dhidden.astype(hidden.dtype)
 
-    dlm_head, dhidden = _with_gradients(static, block, whole_head, (hidden, labels, dloss, dlse))
+    dlm_head, dhidden = _with_gradients(static, block, whole_head, (hidden, labels, dloss, dlse), jnp.float32)
     return dhidden, dlm_head, None
 
 
@@ -170,30 +173,33 @@ def _logits(static: _Static, hidden, lm_head, labels, *, keep: bool, with_argmax
     )
 
 
-def _add_gradients(static: _Static, hidden, lm_head, labels, push, pull, logits: Logits, carry):
-    """-> dhidden float32, and the carry (dlm_head, [1] if it holds nothing yet) with this block in it."""
-    dlm_head, is_first = carry
-    dhidden, dlm_head = gradients_of_block(
+def _add_gradients(static: _Static, hidden, lm_head, labels, push, pull, logits: Logits, sums: HeadSums):
+    """-> dhidden float32, and `sums` with this block in them."""
+    return gradients_of_block(
         hidden,
         lm_head,
         _in_lanes(_known(labels, static)),
         _in_lanes(push),
         _in_lanes(pull),
         logits,
-        dlm_head,
-        is_first=is_first,
+        sums,
+        num_blocks=static.num_blocks,
         logit_soft_cap=static.settings.logit_soft_cap,
         blocks=static.blocks,
         interpret=static.interpret,
     )
-    return dhidden, (dlm_head, jnp.zeros_like(is_first))
 
 
-def _with_gradients(static: _Static, block, whole_head, per_token):
-    """Scans `block`, whose carry is that of `_add_gradients`. -> dlm_head [hidden_dim, vocab_size] float32, outputs."""
-    carry = lax.empty(whole_head.shape, jnp.float32), jnp.ones(1, jnp.int32)  # the first block overwrites it
-    carry = lax.pcast(carry, static.settings.shards.token_axes, to="varying")
-    (dlm_head, _), outputs = scan_blocks(block, carry, per_token, static.blocks.block_tokens)
+def _with_gradients(static: _Static, block, whole_head, per_token, dtype):
+    """Scans `block`, whose carry is that of `_add_gradients`. -> dlm_head [hidden_dim, vocab_size] in `dtype`, outputs.
+
+    float32 is for what is still added up over devices.
+    """
+    rounded = None if dtype == jnp.float32 else lax.empty(whole_head.shape, dtype)
+    sums = HeadSums(lax.empty(whole_head.shape, jnp.float32), rounded, jnp.zeros((), jnp.int32))
+    sums = lax.pcast(sums, static.settings.shards.token_axes, to="varying")
+    sums, outputs = scan_blocks(block, sums, per_token, static.blocks.block_tokens)
+    dlm_head = sums.total if sums.rounded is None else sums.rounded
     return dlm_head[:, : static.vocab_size], outputs
 
 

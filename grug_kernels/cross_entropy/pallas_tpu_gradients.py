@@ -22,8 +22,21 @@ from grug_kernels.attention.tpu_matmul import matmul
 from grug_kernels.cross_entropy.pallas_tpu_logits import Logits
 from grug_kernels.cross_entropy.tpu_blocks import LANES, TpuBlocks
 
+_IS_FIRST, _IS_LAST = 0, 1  # flags of a block of tokens
 _PIECES = 8  # of a step's dlogits, made between the products
 _PRODUCT_ROWS = 512  # of one product: fewer, and the matrix unit loads its operand more often than it uses it
+
+
+class HeadSums(NamedTuple):
+    """What the blocks of tokens add up. block: the number of them in it, int32; with none the arrays may hold anything.
+
+    total [hidden_dim, padded vocabulary] float32. rounded: written by the last block, which then leaves total
+    undefined: total in the type of lm_head. None: total is what is wanted.
+    """
+
+    total: Any
+    rounded: Any
+    block: Any
 
 
 def gradients_of_block(
@@ -33,22 +46,22 @@ def gradients_of_block(
     push,
     pull,
     logits: Logits,
-    dlm_head,
+    sums: HeadSums,
     *,
-    is_first,
+    num_blocks: int,
     logit_soft_cap: float | None,
     blocks: TpuBlocks,
     interpret: Any,
 ):
-    """-> dhidden [block_tokens, hidden_dim] float32, and dlm_head with this block's part added.
+    """-> dhidden [block_tokens, hidden_dim] float32, and `sums` with this block in it, in the same memory.
 
     hidden, lm_head, labels: as in `logits_of_block`; push, pull [block_tokens, 128] float32, the same in every lane.
-    dlm_head: float32, its memory is used for the result; is_first [1] int32: not 0 where it holds nothing yet.
     """
     (tokens, hidden_dim), width = hidden.shape, lm_head.shape[1]
     tiles, chunks = width // blocks.block_vocab, blocks.hidden_chunks
     rows, chunk = tokens // chunks, hidden_dim // chunks
-    shape_of = partial(jax.ShapeDtypeStruct, dtype=jnp.float32, manual_axis_type=jax.typeof(hidden).manual_axis_type)
+    shape_of = partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(hidden).manual_axis_type)
+    flags = jnp.stack([sums.block == 0, sums.block == num_blocks - 1]).astype(jnp.int32)
 
     def made(v):
         return jnp.minimum(v, tiles - 1)
@@ -57,29 +70,47 @@ def gradients_of_block(
         # In the first tile's steps nothing is multiplied yet, and the first product's window just waits.
         return jnp.where(v == 0, 0, d), jnp.maximum(v - 1, 0)
 
+    def multiplied_if(flag, is_set):
+        # Where it is not, the window stays at one place, and nothing moves.
+        def place(v, d, flags_ref):
+            return tuple(jnp.where(flags_ref[flag] == is_set, at, 0) for at in multiplied(v, d, flags_ref))
+
+        return pl.BlockSpec((chunk, blocks.block_vocab), place)
+
+    has_rounded = sums.rounded is not None
     by_rows = pl.BlockSpec((rows, LANES), lambda v, d, _: (d, 0))
-    head_spec = pl.BlockSpec((chunk, blocks.block_vocab), multiplied)
-    return pl.pallas_call(
-        partial(_kernel, logit_soft_cap=logit_soft_cap, blocks=blocks),
+    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+    outputs = pl.pallas_call(
+        partial(_kernel, logit_soft_cap=logit_soft_cap, blocks=blocks, has_rounded=has_rounded),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(tiles + 1, chunks),
             in_specs=[
                 pl.BlockSpec((hidden_dim, tokens), lambda v, d, _: (0, 0), pipeline_mode=pl.Buffered(1)),
-                head_spec,
+                pl.BlockSpec((chunk, blocks.block_vocab), multiplied),
                 pl.BlockSpec((rows, blocks.block_vocab), lambda v, d, _: (d, made(v))),
                 pl.BlockSpec((None, rows, LANES), lambda v, d, _: (made(v), d, 0)),
                 *[by_rows] * 4,
-                head_spec,
+                multiplied_if(_IS_FIRST, 0),
+                *[in_hbm] * has_rounded,
             ],
-            out_specs=[pl.BlockSpec(memory_space=pl.ANY), head_spec],
+            out_specs=[
+                in_hbm,
+                # The last block's sums are read by nobody but the rounding.
+                multiplied_if(_IS_LAST, 0) if has_rounded else pl.BlockSpec((chunk, blocks.block_vocab), multiplied),
+                *[multiplied_if(_IS_LAST, 1)] * has_rounded,
+            ],
             scratch_shapes=[
                 pltpu.VMEM((chunks, tokens, chunk), jnp.float32),
                 *[pltpu.VMEM((tokens, blocks.block_vocab), hidden.dtype)] * 2,
             ],
         ),
-        out_shape=[shape_of(hidden.shape), shape_of(dlm_head.shape)],
-        input_output_aliases={9: 1},
+        out_shape=[
+            shape_of(hidden.shape, jnp.float32),
+            shape_of(lm_head.shape, jnp.float32),
+            *[shape_of(lm_head.shape, lm_head.dtype)] * has_rounded,
+        ],
+        input_output_aliases={9: 1} | ({10: 2} if has_rounded else {}),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=blocks.vmem_limit
         ),
@@ -90,7 +121,9 @@ def gradients_of_block(
         ),
         interpret=interpret,
         name="cross_entropy_gradients",
-    )(is_first, hidden.T, lm_head, logits.exps, logits.references, logits.lse, labels, push, pull, dlm_head)
+    )(flags, hidden.T, lm_head, *logits[:3], labels, push, pull, *(x for x in sums[:2] if x is not None))
+    dhidden, total, *rounded = outputs
+    return dhidden, HeadSums(total, rounded[0] if rounded else None, sums.block + 1)
 
 
 class _Made(NamedTuple):
@@ -106,20 +139,26 @@ class _Made(NamedTuple):
 
 class _Multiplied(NamedTuple):
     """hidden_t [hidden_dim, tokens]; lm_head, before, dlm_head [chunk, block_vocab]; dhidden [chunks, tokens, chunk],
-    float32."""
+    float32. outputs: where dlm_head goes."""
 
     hidden_t: Any
     lm_head: Any
     before: Any
-    dlm_head: Any
+    outputs: Any
     dhidden: Any
 
 
-def _kernel(is_first_ref, hidden_t_ref, lm_head_ref, *refs, logit_soft_cap: float | None, blocks: TpuBlocks):
+def _kernel(
+    flags_ref, hidden_t_ref, lm_head_ref, *refs, logit_soft_cap: float | None, blocks: TpuBlocks, has_rounded: bool
+):
     """Grid (tile, chunk): dlogits of `tile` are made, rows of `chunk`, and those of the tile before multiplied, for
     columns of dhidden and rows of dlm_head of `chunk`. The sums of dhidden carry across tiles."""
-    source, (before_ref, dhidden_hbm, dlm_head_ref, dhidden_ref, *dlogits) = _Made(*refs[:6]), refs[6:]
-    products = _Multiplied(hidden_t_ref, lm_head_ref, before_ref, dlm_head_ref, dhidden_ref)
+    source, before_ref, refs = _Made(*refs[:6]), refs[6], refs[7:]
+    if has_rounded:
+        refs = refs[1:]  # its memory is that of an output
+    dhidden_hbm, *outputs = refs[: 2 + has_rounded]
+    dhidden_ref, *dlogits = refs[2 + has_rounded :]
+    products = _Multiplied(hidden_t_ref, lm_head_ref, before_ref, outputs, dhidden_ref)
     tile, chunk = pl.program_id(0), pl.program_id(1)
 
     def makes(target):
@@ -137,7 +176,7 @@ def _kernel(is_first_ref, hidden_t_ref, lm_head_ref, *refs, logit_soft_cap: floa
         @pl.when((tile > 0) & (tile % 2 == parity))
         def multiply_and_make(parity=parity):  # past the last tile what is made is not used
             # In this order, for the compiler does not move stores of one buffer across loads of the other.
-            pieces = _products(products, dlogits[1 - parity], chunk, is_first_ref[0] != 0)
+            pieces = _products(products, dlogits[1 - parity], chunk, flags_ref[_IS_FIRST] != 0)
             pending = makes(dlogits[parity])
             for n, multiply in enumerate(pieces):
                 multiply()
@@ -186,7 +225,9 @@ def _products(refs: _Multiplied, dlogits_ref, chunk, is_first):
         rows = pl.ds(start, count)
         hidden_t = refs.hidden_t[pl.ds(pl.multiple_of(chunk_start + start, 8), count), :]
         before = jnp.where(is_first, 0.0, refs.before[rows, :])
-        refs.dlm_head[rows, :] = before + matmul(hidden_t, dlogits_ref[...], (1, 0))
+        total = before + matmul(hidden_t, dlogits_ref[...], (1, 0))
+        for ref in refs.outputs:
+            ref[rows, :] = total.astype(ref.dtype)
 
     of_dhidden = [partial(add_dhidden, pl.ds(*piece)) for piece in _cut(tokens)]
     return [*of_dhidden, *[partial(add_dlm_head, *piece) for piece in _cut(width)]]
