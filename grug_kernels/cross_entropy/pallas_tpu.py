@@ -163,7 +163,7 @@ def _logits(static: _Static, hidden, lm_head, labels, *, keep: bool, with_argmax
     return logits_of_block(
         hidden,
         lm_head,
-        _in_lanes(_known(labels, static)),
+        _in_lanes(labels.astype(jnp.int32)),
         vocab_size=static.vocab_size,
         logit_soft_cap=static.settings.logit_soft_cap,
         blocks=static.blocks,
@@ -178,7 +178,7 @@ def _add_gradients(static: _Static, hidden, lm_head, labels, push, pull, logits:
     return gradients_of_block(
         hidden,
         lm_head,
-        _in_lanes(_known(labels, static)),
+        _in_lanes(labels.astype(jnp.int32)),
         _in_lanes(push),
         _in_lanes(pull),
         logits,
@@ -208,11 +208,6 @@ def _losses_of(logits: Logits, settings: LossSettings):
     lse = logits.lse[:, 0]
     z_loss = settings.z_loss_weight * lse**2 if settings.z_loss_weight else jnp.zeros_like(lse)
     return lse - logits.label_logit[:, 0], z_loss
-
-
-def _known(labels, static: _Static):
-    """-1 for a label past the vocabulary, which a column that fills it up would otherwise match."""
-    return jnp.where(labels < static.vocab_size, labels, -1).astype(jnp.int32)
 
 
 def _in_lanes(x):

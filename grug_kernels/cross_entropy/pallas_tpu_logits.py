@@ -7,7 +7,8 @@ belonging to lane v % 128. Logits leave as
     e[t, v] = exp(u[t, v] - reference[tile of v, t, lane of v])
 
 the reference being the largest logit of that token and lane so far. Rounded to bfloat16, e errs by 2^-9 of itself at
-any size of the logits, where rounded logits would err by 2^-9 of the logit. And the gradients need no exponential for
+any size of the logits, where rounded logits would err by 2^-9 of the logit; and a softmax above 1/2, from which 1 may be
+taken, is that of a largest logit, and has e = 1. The gradients need no exponential for
 each element: softmax = e * exp(reference - lse).
 """
 
@@ -51,7 +52,8 @@ def logits_of_block(
     interpret: Any,
 ) -> Logits:
     """hidden [block_tokens, hidden_dim], lm_head [hidden_dim, vocabulary filled up to whole blocks], labels
-    [block_tokens, 128], the same in every lane; one that no column has picks a logit of 0. keep: exps, references."""
+    [block_tokens, 128], the same in every lane; one that no column has picks a logit of
+    0. keep: exps, references."""
     (tokens, hidden_dim), width = hidden.shape, lm_head.shape[1]
     tiles = width // blocks.block_vocab
     shape_of = partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(hidden).manual_axis_type)
