@@ -7,9 +7,9 @@ belonging to lane v % 128. Logits leave as
     e[t, v] = exp(u[t, v] - reference[tile of v, t, lane of v])
 
 the reference being the largest logit of that token and lane so far. Rounded to bfloat16, e errs by 2^-9 of itself at
-any size of the logits, where rounded logits would err by 2^-9 of the logit; and a softmax above 1/2, from which 1 may be
-taken, is that of a largest logit, and has e = 1. The gradients need no exponential for
-each element: softmax = e * exp(reference - lse).
+any size of the logits, where rounded logits would err by 2^-9 of the logit. A softmax above 1/2, from which 1 may be
+taken, is that of a largest logit: its e is 1, without an error. And the gradients need no exponential for each element:
+softmax = e * exp(reference - lse).
 """
 
 from functools import partial
