@@ -62,11 +62,11 @@ def _static(hidden, lm_head, settings: LossSettings, interpret: Any) -> _Static:
             f"cross_entropy: 'pallas_tpu' takes the whole vocabulary, not one split over {settings.shards.vocab_axes};"
             " use 'xla'."
         )
-    vocab_size = lm_head.shape[1]
+    (tokens, hidden_dim), vocab_size = hidden.shape, lm_head.shape[1]
     block_tokens = None if settings.block_sizes is None else settings.block_sizes.block_tokens
     vmem = _V6E_VMEM if interpret else _vmem()
-    blocks = tpu_blocks(*hidden.shape, vocab_size, hidden.dtype.itemsize, vmem, block_tokens)
-    return _Static(settings, vocab_size, blocks, -(-hidden.shape[0] // blocks.block_tokens), interpret)
+    blocks = tpu_blocks(tokens, hidden_dim, vocab_size, hidden.dtype.itemsize, vmem, block_tokens)
+    return _Static(settings, vocab_size, blocks, -(-tokens // blocks.block_tokens), interpret)
 
 
 def _vmem() -> int:
