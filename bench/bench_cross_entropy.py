@@ -38,7 +38,7 @@ def bench_cross_entropy(benchmark, shape, implementation, passes):
     run(benchmark, compiled, args, flops=units * shape.unit_flops, **facts)
 
 
-OURS = ("xla",)
+OURS = ("xla", "pallas_tpu")
 WEIGHTED_SUM = "levanter_weighted_sum"
 
 

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -11,11 +12,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from grug_kernels import dispatch
-from grug_kernels.cross_entropy import reference, xla
+from grug_kernels.cross_entropy import pallas_tpu, reference, xla
 from grug_kernels.cross_entropy.block_sizes import BlockSizes
 from grug_kernels.cross_entropy.settings import LossSettings, Shards
 
-Implementation = Literal["xla", "reference"]
+Implementation = Literal["pallas_tpu", "xla", "reference"]
 Reduction = Literal["mean", "sum"]
 
 # float16 would lose the gradient of a mean over many tokens: below 6e-8 it is zero.
@@ -85,7 +86,7 @@ def linear_cross_entropy(
     mean_weight = _divided(weight, weight_sum)
     used_weight = mean_weight if reduction == "mean" else weight
     loss, cross_entropy, z_loss = dispatch.call(
-        "cross_entropy", implementation, _WEIGHTED_LOSSES, hidden, lm_head, labels, used_weight, settings
+        "cross_entropy", implementation, WEIGHTED_LOSSES, hidden, lm_head, labels, used_weight, settings
     )
     if reduction == "sum":
         cross_entropy, z_loss = _divided(cross_entropy, weight_sum), _divided(z_loss, weight_sum)
@@ -113,28 +114,36 @@ def token_losses(
     _check_constants(0.0, logit_soft_cap, "sum")
     settings = LossSettings(0.0, logit_soft_cap, block_sizes, Shards.of(hidden, lm_head))
     hidden, lm_head, labels = settings.shards.place(hidden, lm_head, labels)
-    loss, lse, argmax = dispatch.call("cross_entropy", implementation, _TOKEN_LOSSES, hidden, lm_head, labels, settings)
+    loss, lse, argmax = dispatch.call("cross_entropy", implementation, TOKEN_LOSSES, hidden, lm_head, labels, settings)
     loss = jnp.where(labels < 0, 0.0, jnp.where(labels < lm_head.shape[1], loss, jnp.nan))
     return (loss, lse, argmax) if return_argmax else (loss, lse)
 
 
-def _weighted_losses_per_shard(hidden, lm_head, labels, weight, settings: LossSettings):
+def _weighted_losses_per_shard(implementation, hidden, lm_head, labels, weight, settings: LossSettings):
     def local(hidden, lm_head, labels, weight):
-        return xla.weighted_losses(hidden, lm_head, labels, weight, settings)
+        return implementation(hidden, lm_head, labels, weight, settings)
 
     return settings.shards.map(local, P(), hidden, lm_head, labels, weight)
 
 
-def _token_losses_per_shard(hidden, lm_head, labels, settings: LossSettings):
+def _token_losses_per_shard(implementation, hidden, lm_head, labels, settings: LossSettings):
     def local(hidden, lm_head, labels):
-        return xla.token_losses(hidden, lm_head, labels, settings)
+        return implementation(hidden, lm_head, labels, settings)
 
     return settings.shards.map(local, P(settings.shards.token_axes or None), hidden, lm_head, labels)
 
 
 # The reference needs no shard_map: plain jnp follows the arrays' shardings.
-_WEIGHTED_LOSSES: dict[str, Callable] = {"xla": _weighted_losses_per_shard, "reference": reference.weighted_losses}
-_TOKEN_LOSSES: dict[str, Callable] = {"xla": _token_losses_per_shard, "reference": reference.token_losses}
+WEIGHTED_LOSSES: dict[str, Callable] = {
+    "pallas_tpu": partial(_weighted_losses_per_shard, pallas_tpu.weighted_losses),
+    "xla": partial(_weighted_losses_per_shard, xla.weighted_losses),
+    "reference": reference.weighted_losses,
+}
+TOKEN_LOSSES: dict[str, Callable] = {
+    "pallas_tpu": partial(_token_losses_per_shard, pallas_tpu.token_losses),
+    "xla": partial(_token_losses_per_shard, xla.token_losses),
+    "reference": reference.token_losses,
+}
 
 
 def _counted(weight: jax.Array, labels: jax.Array, vocab_size: int) -> jax.Array:

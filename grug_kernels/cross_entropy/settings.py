@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from grug_kernels.cross_entropy.block_sizes import BlockSizes
@@ -60,6 +61,16 @@ class Shards:
         if not any(itertools.chain(*layout)):
             return local(*arrays)
         return jax.shard_map(local, in_specs=tuple(map(_spec, layout)), out_specs=out_specs)(*arrays)
+
+    def gathered(self, lm_head: jax.Array) -> jax.Array:
+        """The head with its hidden_dim whole. Its vocabulary stays sharded."""
+        return lax.all_gather(lm_head, self.gather_axes, axis=0, tiled=True) if self.gather_axes else lm_head
+
+    def scattered(self, dlm_head: jax.Array) -> jax.Array:
+        """Summed over the tokens' shards; of the axes that the head was gathered over, each device keeps its rows."""
+        if self.gather_axes:
+            dlm_head = lax.psum_scatter(dlm_head, self.gather_axes, scatter_dimension=0, tiled=True)
+        return lax.psum(dlm_head, self.reduce_axes)
 
     @property
     def reduce_axes(self) -> Axes:

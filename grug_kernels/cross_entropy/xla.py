@@ -25,7 +25,7 @@ def weighted_losses(hidden, lm_head, labels, weight, settings: LossSettings):
     Only the first has a gradient; the other two are parts of it to look at. 1 matmul unit as it stands; 3 when
     differentiated, the logits' and one per gradient, all in the forward pass (`_forward_with_gradients`).
     """
-    whole_head = _gathered(lm_head, settings.shards)
+    whole_head = settings.shards.gathered(lm_head)
 
     def block(_, xs):
         hidden, labels = xs
@@ -33,7 +33,7 @@ def weighted_losses(hidden, lm_head, labels, weight, settings: LossSettings):
         return None, _losses_of(softmax, settings)
 
     _, losses = _scan_blocks(block, None, (hidden, labels), whole_head.shape[1], settings)
-    return _weighted_sums(losses, weight, settings.shards)[0]
+    return weighted_sums(losses, weight, settings.shards)[0]
 
 
 @jax.named_scope("cross_entropy_with_gradients")
@@ -46,7 +46,7 @@ def _forward_with_gradients(hidden, lm_head, labels, weight, settings: LossSetti
         dlm_head     += hidden^T @ dlogits            summed over the tokens' shards, after the last block
     """
     shards = settings.shards
-    whole_head = _gathered(lm_head, shards)
+    whole_head = shards.gathered(lm_head)
 
     def block(dlm_head, xs):
         hidden, labels, weight = xs
@@ -61,8 +61,8 @@ def _forward_with_gradients(hidden, lm_head, labels, weight, settings: LossSetti
     dlm_head = jnp.zeros(whole_head.shape, jnp.float32)
     dlm_head = lax.pcast(dlm_head, (*shards.token_axes, *shards.vocab_axes), to="varying")
     dlm_head, (dhidden, losses) = _scan_blocks(block, dlm_head, (hidden, labels, weight), whole_head.shape[1], settings)
-    dlm_head = _scattered(dlm_head, shards).astype(lm_head.dtype)
-    sums, dweight = _weighted_sums(losses, weight, shards)
+    dlm_head = shards.scattered(dlm_head).astype(lm_head.dtype)
+    sums, dweight = weighted_sums(losses, weight, shards)
     return sums, (dhidden, dlm_head, dweight)
 
 
@@ -85,7 +85,7 @@ def token_losses(hidden, lm_head, labels, settings: LossSettings):
     # Its gradient is added up, over the blocks and over the devices, in the dtype and at the place it has here:
     # float32, where bfloat16 would lose digits, and outside the scan, where once is enough.
     shards = settings.shards
-    whole_head = lax.pcast(_gathered(lm_head.astype(jnp.float32), shards), shards.reduce_axes, to="varying")
+    whole_head = lax.pcast(shards.gathered(lm_head.astype(jnp.float32)), shards.reduce_axes, to="varying")
 
     @partial(jax.checkpoint, prevent_cse=False)
     def block(_, xs):
@@ -140,7 +140,7 @@ def _dlogits_of(softmax: _Softmax, weight, settings: LossSettings) -> jax.Array:
     return dlogits
 
 
-def _weighted_sums(losses, weight, shards: Shards):
+def weighted_sums(losses, weight, shards: Shards):
     """-> (whole, cross-entropy, z-loss) summed over all tokens, and the whole loss of each token (0 if ignored)."""
     # Chosen before the product: an ignored token's loss may be infinite, and 0 * inf is NaN.
     cross_entropy, z_loss = (jnp.where(weight == 0, 0.0, part) for part in losses)
@@ -158,13 +158,17 @@ def _argmax(logits, shards: Shards) -> jax.Array:
 
 
 def _scan_blocks(block, carry, per_token, vocab_size: int, settings: LossSettings):
+    tokens = per_token[0].shape[0]
+    sizes = settings.block_sizes or default_block_sizes(tokens, vocab_size, dispatch.platform())
+    return scan_blocks(block, carry, per_token, min(sizes.block_tokens, tokens))
+
+
+def scan_blocks(block, carry, per_token, block_tokens: int):
     """`lax.scan(block)` over blocks of tokens; arrays [tokens, ...] in and out. The last block is padded with zeros.
 
     A padded token has label 0, weight 0 and hidden 0: finite everywhere, adds nothing, and is cut off the outputs.
     """
     tokens = per_token[0].shape[0]
-    sizes = settings.block_sizes or default_block_sizes(tokens, vocab_size, dispatch.platform())
-    block_tokens = min(sizes.block_tokens, tokens)
     num_blocks = -(-tokens // block_tokens)
     padding = num_blocks * block_tokens - tokens
 
@@ -180,15 +184,3 @@ def _matmul(a, b, contract: tuple[int, int]) -> jax.Array:
     """float32 product of two matrices over axis contract[0] of `a` and contract[1] of `b`."""
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
-
-
-def _gathered(lm_head, shards: Shards) -> jax.Array:
-    """The head with its hidden_dim whole. Its vocabulary stays sharded."""
-    return lax.all_gather(lm_head, shards.gather_axes, axis=0, tiled=True) if shards.gather_axes else lm_head
-
-
-def _scattered(dlm_head, shards: Shards) -> jax.Array:
-    """Summed over the tokens' shards; of the axes that the head was gathered over, each device keeps its own rows."""
-    if shards.gather_axes:
-        dlm_head = lax.psum_scatter(dlm_head, shards.gather_axes, scatter_dimension=0, tiled=True)
-    return lax.psum(dlm_head, shards.reduce_axes)

@@ -35,7 +35,7 @@ LABELS, WEIGHT = jnp.zeros(6, jnp.int32), jnp.ones(6)
         ({"z_loss_weight": jnp.float32(1e-4)}, "z_loss_weight and logit_soft_cap are constants"),
         ({"logit_soft_cap": 0.0}, "logit_soft_cap=0.0 must be positive"),
         ({"reduction": "none"}, "unknown reduction 'none'"),
-        ({"implementation": "pallas"}, "unknown implementation 'pallas'. Those there are: xla, reference"),
+        ({"implementation": "pallas"}, "unknown implementation 'pallas'. Those there are: pallas_tpu, xla, reference"),
     ],
 )
 def test_refusals(changed, message):

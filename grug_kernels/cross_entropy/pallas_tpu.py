@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss on a TPU by two Pallas kernels for each block of tokens: `pallas_tpu_logits`, `pallas_tpu_gradients`.
+
+As in `xla.py`: everything works on one device's shards, and gradients are made in the forward pass. The vocabulary is
+filled up to whole tiles, which costs a copy of lm_head where it is not.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import tpu as pltpu
+
+from grug_kernels.cross_entropy.pallas_tpu_gradients import HeadSums, gradients_of_block
+from grug_kernels.cross_entropy.pallas_tpu_logits import Logits, logits_of_block
+from grug_kernels.cross_entropy.settings import LossSettings
+from grug_kernels.cross_entropy.tpu_blocks import LANES, TpuBlocks, tpu_blocks
+from grug_kernels.cross_entropy.xla import scan_blocks, weighted_sums
+from grug_kernels.dispatch import UnsupportedError
+
+_V6E_VMEM = 128 * 2**20  # what an interpreted kernel is cut for
+
+
+@dataclass(frozen=True)
+class _Static:
+    """vocab_size: before it is filled up. num_blocks: of tokens. interpret: run on a CPU, for tests; as
+    `pl.pallas_call` takes it."""
+
+    settings: LossSettings
+    vocab_size: int
+    blocks: TpuBlocks
+    num_blocks: int
+    interpret: Any
+
+
+def weighted_losses(hidden, lm_head, labels, weight, settings: LossSettings, *, interpret: Any = False):
+    """See `xla.weighted_losses`.
+
+    Temporary, beside dlm_head in float32: for each token of a block and padded vocabulary entry one exponential in the
+    inputs' type, and a sixth of a float32.
+
+    Raises:
+      UnsupportedError: no TPU to trace for, a sharded vocabulary, or a hidden_dim too wide for VMEM.
+    """
+    return _weighted_losses(_static(hidden, lm_head, settings, interpret), hidden, lm_head, labels, weight)
+
+
+def token_losses(hidden, lm_head, labels, settings: LossSettings, *, interpret: Any = False):
+    """See `xla.token_losses`. The gradients run the first kernel again. Raises as `weighted_losses` does."""
+    static, shards = _static(hidden, lm_head, settings, interpret), settings.shards
+    # As in `xla.token_losses`: its gradient is added up over devices in float32.
+    whole_head = lax.pcast(shards.gathered(lm_head.astype(jnp.float32)), shards.reduce_axes, to="varying")
+    return _token_losses(static, hidden, whole_head, labels)
+
+
+def _static(hidden, lm_head, settings: LossSettings, interpret: Any) -> _Static:
+    if settings.shards.vocab_axes:
+        raise UnsupportedError(
+            f"cross_entropy: 'pallas_tpu' takes the whole vocabulary, not one split over {settings.shards.vocab_axes};"
+            " use 'xla'."
+        )
+    (tokens, hidden_dim), vocab_size = hidden.shape, lm_head.shape[1]
+    block_tokens = None if settings.block_sizes is None else settings.block_sizes.block_tokens
+    vmem = _V6E_VMEM if interpret else _vmem()
+    blocks = tpu_blocks(tokens, hidden_dim, vocab_size, hidden.dtype.itemsize, vmem, block_tokens)
+    return _Static(settings, vocab_size, blocks, -(-tokens // blocks.block_tokens), interpret)
+
+
+def _vmem() -> int:
+    """Bytes, of the machine's TPU, or of the one that a mesh of devices or an abstract mesh tells of."""
+    try:
+        return pltpu.get_tpu_info().vmem_capacity_bytes
+    except ValueError as error:  # "Unsupported TPU device kind: cpu"
+        raise UnsupportedError(
+            "cross_entropy: 'pallas_tpu' is for TPUs, and there is none here to trace for; 'xla' runs everywhere."
+        ) from error
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@jax.named_scope("cross_entropy_forward")
+def _weighted_losses(static: _Static, hidden, lm_head, labels, weight):
+    whole_head = _filled(static.settings.shards.gathered(lm_head), static)
+
+    def block(_, xs):
+        logits = _logits(static, xs[0], whole_head, xs[1], keep=False)
+        return None, _losses_of(logits, static.settings)
+
+    _, losses = scan_blocks(block, None, (hidden, labels), static.blocks.block_tokens)
+    return weighted_sums(losses, weight, static.settings.shards)[0]
+
+
+@jax.named_scope("cross_entropy_with_gradients")
+def _forward_with_gradients(static: _Static, hidden, lm_head, labels, weight):
+    """The formulas of `xla._forward_with_gradients`."""
+    settings, shards = static.settings, static.settings.shards
+    whole_head = _filled(shards.gathered(lm_head), static)
+
+    def block(carry, xs):
+        hidden, labels, weight = xs
+        logits = _logits(static, hidden, whole_head, labels, keep=True)
+        push = weight * (1 + 2 * settings.z_loss_weight * logits.lse[:, 0])
+        dhidden, carry = _add_gradients(static, hidden, whole_head, labels, push, weight, logits, carry)
+        return carry, (dhidden.astype(hidden.dtype), _losses_of(logits, settings))
+
+    dtype = jnp.float32 if shards.gather_axes or shards.reduce_axes else lm_head.dtype
+    dlm_head, (dhidden, losses) = _with_gradients(static, block, whole_head, (hidden, labels, weight), dtype)
+    dlm_head = shards.scattered(dlm_head).astype(lm_head.dtype)
+    sums, dweight = weighted_sums(losses, weight, shards)
+    return sums, (dhidden, dlm_head, dweight)
+
+
+@jax.named_scope("cross_entropy_scale_gradients")
+def _scale_gradients(_, gradients, cotangents):
+    dloss, _, _ = cotangents  # the parts are for looking at
+    dhidden, dlm_head, dweight = ((dloss * gradient).astype(gradient.dtype) for gradient in gradients)
+    return dhidden, dlm_head, None, dweight
+
+
+_weighted_losses.defvjp(_forward_with_gradients, _scale_gradients)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@jax.named_scope("cross_entropy_token_losses")
+def _token_losses(static: _Static, hidden, lm_head, labels):
+    """lm_head: whole, float32. -> loss, lse, argmax, each [tokens]."""
+    whole_head = _filled(lm_head.astype(hidden.dtype), static)
+
+    def block(_, xs):
+        logits = _logits(static, xs[0], whole_head, xs[1], keep=False, with_argmax=True)
+        lse, label_logit, argmax = (x[:, 0] for x in logits[2:])
+        return None, (lse - label_logit, lse, argmax)
+
+    return scan_blocks(block, None, (hidden, labels), static.blocks.block_tokens)[1]
+
+
+def _token_losses_forward(static: _Static, hidden, lm_head, labels):
+    return _token_losses(static, hidden, lm_head, labels), (hidden, lm_head, labels)
+
+
+@jax.named_scope("cross_entropy_token_losses_gradients")
+def _token_losses_backward(static: _Static, inputs, cotangents):
+    hidden, lm_head, labels = inputs
+    dloss, dlse, _ = cotangents
+    whole_head = _filled(lm_head.astype(hidden.dtype), static)
+
+    def block(carry, xs):
+        hidden, labels, dloss, dlse = xs
+        logits = _logits(static, hidden, whole_head, labels, keep=True)
+        dhidden, carry = _add_gradients(static, hidden, whole_head, labels, dloss + dlse, dloss, logits, carry)
+        return carry, dhidden.astype(hidden.dtype)
+
+    dlm_head, dhidden = _with_gradients(static, block, whole_head, (hidden, labels, dloss, dlse), jnp.float32)
+    return dhidden, dlm_head, None
+
+
+_token_losses.defvjp(_token_losses_forward, _token_losses_backward)
+
+
+def _logits(static: _Static, hidden, lm_head, labels, *, keep: bool, with_argmax: bool = False) -> Logits:
+    return logits_of_block(
+        hidden,
+        lm_head,
+        _in_lanes(labels.astype(jnp.int32)),
+        vocab_size=static.vocab_size,
+        logit_soft_cap=static.settings.logit_soft_cap,
+        blocks=static.blocks,
+        keep=keep,
+        with_argmax=with_argmax,
+        interpret=static.interpret,
+    )
+
+
+def _add_gradients(static: _Static, hidden, lm_head, labels, push, pull, logits: Logits, sums: HeadSums):
+    """-> dhidden float32, and `sums` with this block in them."""
+    return gradients_of_block(
+        hidden,
+        lm_head,
+        _in_lanes(labels.astype(jnp.int32)),
+        _in_lanes(push),
+        _in_lanes(pull),
+        logits,
+        sums,
+        num_blocks=static.num_blocks,
+        logit_soft_cap=static.settings.logit_soft_cap,
+        blocks=static.blocks,
+        interpret=static.interpret,
+    )
+
+
+def _with_gradients(static: _Static, block, whole_head, per_token, dtype):
+    """Scans `block`, whose carry is that of `_add_gradients`. -> dlm_head [hidden_dim, vocab_size] in `dtype`, outputs.
+
+    float32 is for what is still added up over devices.
+    """
+    rounded = None if dtype == jnp.float32 else lax.empty(whole_head.shape, dtype)
+    sums = HeadSums(lax.empty(whole_head.shape, jnp.float32), rounded, jnp.zeros((), jnp.int32))
+    sums = lax.pcast(sums, static.settings.shards.token_axes, to="varying")
+    sums, outputs = scan_blocks(block, sums, per_token, static.blocks.block_tokens)
+    dlm_head = sums.total if sums.rounded is None else sums.rounded
+    return dlm_head[:, : static.vocab_size], outputs
+
+
+def _losses_of(logits: Logits, settings: LossSettings):
+    """Cross-entropy and z-loss of each token of a block."""
+    lse = logits.lse[:, 0]
+    z_loss = settings.z_loss_weight * lse**2 if settings.z_loss_weight else jnp.zeros_like(lse)
+    return lse - logits.label_logit[:, 0], z_loss
+
+
+def _in_lanes(x):
+    """[tokens] -> [tokens, 128]."""
+    return jnp.broadcast_to(x[:, None], (x.shape[0], LANES))
+
+
+def _filled(lm_head, static: _Static):
+    """With zero columns, up to a whole number of blocks."""
+    padding = -lm_head.shape[1] % static.blocks.block_vocab
+    return jnp.pad(lm_head, ((0, 0), (0, padding))) if padding else lm_head

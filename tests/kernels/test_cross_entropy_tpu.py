@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The TPU kernels of the loss, interpreted on a CPU and held against float64."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # has what detect_races found
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+from grug_kernels import dispatch
+from grug_kernels.cross_entropy import BlockSizes, api, linear_cross_entropy, pallas_tpu, token_losses, tpu_blocks
+from grug_kernels.dispatch import UnsupportedError
+from tests.kernels.cross_entropy_cases import (
+    Inputs,
+    error,
+    loss_and_gradients,
+    oracle,
+    plain_loss,
+    random_inputs,
+    relative_error,
+)
+from tests.kernels.test_cross_entropy import ROUNDING
+
+RACES = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+BLOCKS = BlockSizes(16)
+
+
+@contextmanager
+def interpreting(interpret=True, block_vocab=128):
+    """The kernels on this machine, in small tiles."""
+    weighted = partial(api._weighted_losses_per_shard, partial(pallas_tpu.weighted_losses, interpret=interpret))
+    by_token = partial(api._token_losses_per_shard, partial(pallas_tpu.token_losses, interpret=interpret))
+    with (
+        mock.patch.dict(api.WEIGHTED_LOSSES, {"pallas_tpu": weighted}),
+        mock.patch.dict(api.TOKEN_LOSSES, {"pallas_tpu": by_token}),
+        mock.patch.object(tpu_blocks, "_VOCAB", block_vocab),
+    ):
+        yield
+
+
+def kernels(inputs: Inputs, interpret=True, block_vocab=128, **kwargs) -> dict:
+    with interpreting(interpret, block_vocab):
+        return loss_and_gradients(inputs, **{"implementation": "pallas_tpu", "block_sizes": BLOCKS} | kwargs)
+
+
+def assert_as_good_as_plain(inputs: Inputs, interpret=True, blocks=BLOCKS, **kwargs):
+    """As in `test_cross_entropy`: at most twice as wrong as plain jnp and autodiff in the same dtype."""
+    truth = oracle(inputs, cotangent=-2.7, **kwargs)
+    plain = loss_and_gradients(inputs, function=plain_loss, cotangent=-2.7, **kwargs)
+    ours = kernels(inputs, interpret, cotangent=-2.7, block_sizes=blocks, **kwargs)
+    for name, value in ours.items():
+        is_matmul_gradient = name in ("dhidden", "dlm_head")
+        rounding = ROUNDING[inputs.hidden.dtype.type if is_matmul_gradient else jnp.float32]
+        size = truth.get(f"size_of_{name}", abs(truth[name]))
+        assert error(value, truth[name]) <= 2 * error(plain[name], truth[name]) + rounding * size, name
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((37, 24, 300), {"z_loss_weight": 1e-2}),  # three blocks of tokens, three of the vocabulary, both ragged
+        ((50, 24, 203), {"scale": 30.0, "reduction": "sum"}),
+        ((20, 24, 256), {"scale": 3.0, "logit_soft_cap": 4.0, "z_loss_weight": 1e-2}),  # whole tiles
+        ((1, 1, 2), {"scale": 0.0}),
+    ],
+    ids=str,
+)
+def test_as_good_as_plain_jnp(shape, dtype, options):
+    options = dict(options)
+    inputs = random_inputs(*shape, dtype=dtype, scale=options.pop("scale", 1.0))
+    assert_as_good_as_plain(inputs, **options)
+
+
+def test_chunks_of_hidden_dim_take_turns():
+    inputs = random_inputs(tokens=300, hidden_dim=512, vocab_size=300, dtype=jnp.bfloat16)
+    assert tpu_blocks.tpu_blocks(300, 512, 300, 2, 2**27, 256).hidden_chunks == 2
+    assert_as_good_as_plain(inputs, blocks=BlockSizes(256), z_loss_weight=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "block_tokens", "dtype", "logit_soft_cap"),
+    [
+        ((37, 24, 300), 16, jnp.float32, 4.0),
+        ((37, 24, 300), 16, jnp.bfloat16, None),  # the last block of tokens rounds dlm_head
+        ((300, 256, 200), 256, jnp.float32, None),  # hidden_dim in two chunks
+    ],
+)
+def test_memory_is_used_as_a_tpu_would(shape, block_tokens, dtype, logit_soft_cap):
+    """With races looked for and memory that starts as NaN."""
+    inputs, blocks = random_inputs(*shape, dtype=dtype), BlockSizes(block_tokens)
+    assert_as_good_as_plain(inputs, RACES, blocks, z_loss_weight=1e-2, logit_soft_cap=logit_soft_cap)
+    assert interpret_pallas_call.races is not None
+    assert not interpret_pallas_call.races.races_found
+
+
+def in_matrix_unit(x):
+    """x; its gradient rounded to bfloat16, as what is multiplied by bfloat16 in a TPU's matrix unit."""
+
+    @jax.custom_vjp
+    def identity(x):
+        return x
+
+    identity.defvjp(lambda x: (x, None), lambda _, g: (g.astype(jnp.bfloat16).astype(g.dtype),))
+    return identity(x)
+
+
+def plain_on_tpu(hidden, lm_head, labels, *, weight):
+    """sum weight * cross-entropy in plain jnp, dlogits multiplied in bfloat16: `plain_loss` as a TPU runs it."""
+    logits = in_matrix_unit(jnp.dot(hidden, lm_head, preferred_element_type=jnp.float32))
+    weight = jnp.where(labels >= 0, weight, 0.0)
+    label_logit = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[:, None], axis=1)[:, 0]
+    loss = (weight * (jax.nn.logsumexp(logits, axis=1) - label_logit)).sum() / weight.sum()
+    return loss, api.LossParts(loss, loss, weight.sum())
+
+
+@pytest.mark.parametrize(("scale", "is_likely"), [(1.0, False), (5.0, True), (30.0, False)])
+def test_errs_at_most_1_3_times_the_plain_formula_in_bfloat16(scale, is_likely):
+    """Both round dlogits to bfloat16 for their matmuls. That exponentials are rounded too is what 1.3 is for."""
+    inputs = random_inputs(tokens=256, hidden_dim=64, vocab_size=1000, dtype=jnp.bfloat16, scale=scale)
+    if is_likely:  # then softmax - 1 is a small difference
+        inputs = replace(inputs, labels=jnp.argmax(inputs.hidden @ inputs.lm_head, axis=1).astype(jnp.int32))
+    truth = oracle(inputs)
+    plain = loss_and_gradients(inputs, function=plain_on_tpu)
+    # The other interpreter is compiled as a whole, and XLA leaves out roundings that are undone at once.
+    ours = kernels(inputs, pltpu.InterpretParams(), block_vocab=512, block_sizes=BlockSizes(128))
+    ratios = {
+        n: relative_error(ours[n], truth[n]) / relative_error(plain[n], truth[n]) for n in ("dhidden", "dlm_head")
+    }
+    assert max(ratios.values()) <= 1.3, ratios
+    assert relative_error(ours["loss"], truth["loss"]) <= 1e-5
+
+
+class TestTokensThatDoNotCount:
+    def test_change_nothing(self):
+        inputs = random_inputs(vocab_size=300)
+        counts = np.asarray((inputs.labels >= 0) & (inputs.weight != 0))
+        kept = Inputs(inputs.hidden[counts], inputs.lm_head, inputs.labels[counts], inputs.weight[counts])
+        full, short = (kernels(x, z_loss_weight=1e-2) for x in (inputs, kept))
+        for name in ("loss", "weight_sum", "dlm_head"):
+            assert relative_error(full[name], short[name]) < 1e-5, name
+        assert not np.asarray(full["dhidden"])[~counts].any()
+        assert not np.asarray(full["dweight"])[~counts].any()
+
+    def test_are_all_of_them(self):
+        inputs = random_inputs()
+        empty = Inputs(inputs.hidden, inputs.lm_head, inputs.labels, jnp.zeros_like(inputs.weight))
+        for name, value in kernels(empty, z_loss_weight=1e-2).items():
+            assert not np.asarray(value).any(), name
+
+    def test_may_have_losses_that_overflow(self):
+        inputs = random_inputs(tokens=8)
+        labels, weight = inputs.labels.at[0].set(-1), inputs.weight.at[1].set(0.0)
+        huge = Inputs(inputs.hidden.at[:2].set(1e20), inputs.lm_head, labels, weight)
+        for name, value in kernels(huge, z_loss_weight=1e-2).items():
+            assert np.isfinite(np.asarray(value)).all(), name
+
+    def test_label_outside_the_vocabulary_is_nan_if_it_counts(self):
+        """101 is a column of the last tile."""
+        inputs = random_inputs(vocab_size=101)
+        wrong = Inputs(inputs.hidden, inputs.lm_head, inputs.labels.at[3].set(101), inputs.weight)
+        result = kernels(wrong)
+        assert np.isnan(result["loss"])
+        assert np.isnan(result["dlm_head"]).all()
+        ignored = Inputs(wrong.hidden, wrong.lm_head, wrong.labels, wrong.weight.at[3].set(0.0))
+        assert np.isfinite(kernels(ignored)["loss"])
+
+
+@pytest.mark.parametrize("logit_soft_cap", [None, 2.0])
+def test_token_losses_and_their_gradients(logit_soft_cap):
+    inputs = random_inputs(vocab_size=300, scale=2.0)
+    truth = oracle(inputs, logit_soft_cap=logit_soft_cap)
+    cotangents = jax.random.normal(jax.random.key(0), (2, 37))
+
+    @partial(jax.jit, static_argnums=2)
+    def run(hidden, lm_head, implementation):
+        def losses(hidden, lm_head):
+            *outputs, argmax = token_losses(
+                hidden,
+                lm_head,
+                inputs.labels,
+                logit_soft_cap=logit_soft_cap,
+                return_argmax=True,
+                implementation=implementation,
+                block_sizes=None if implementation == "reference" else BLOCKS,
+            )
+            return outputs, argmax
+
+        outputs, pull, argmax = jax.vjp(losses, hidden, lm_head, has_aux=True)
+        return *outputs, argmax, pull(list(cotangents))
+
+    with interpreting():
+        loss, lse, argmax, gradients = run(inputs.hidden, inputs.lm_head, "pallas_tpu")
+    assert relative_error(loss, truth["token_loss"]) < 1e-6
+    assert relative_error(lse, truth["lse"]) < 1e-6
+    assert argmax.tolist() == truth["argmax"].tolist()
+    for ours, theirs in zip(gradients, run(inputs.hidden, inputs.lm_head, "reference")[-1], strict=True):
+        assert relative_error(ours, theirs) < 1e-5
+
+
+def test_argmax_takes_the_first_of_equals():
+    hidden, lm_head = jnp.ones((3, 4)), jnp.ones((4, 300)).at[:, :2].set(0.0)
+    with interpreting():
+        *_, argmax = token_losses(
+            hidden, lm_head, jnp.zeros(3, jnp.int32), return_argmax=True, implementation="pallas_tpu"
+        )
+    assert argmax.tolist() == [2, 2, 2]
+
+
+def test_eight_devices_equal_one():
+    """Tokens and the head's hidden_dim over four, and copies of all over two; under shard_map with its checks on."""
+    inputs = random_inputs(tokens=64, hidden_dim=16, vocab_size=200)
+    expected = loss_and_gradients(inputs, implementation="xla", z_loss_weight=1e-2)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        specs = P("data", None), P("data", None), P("data"), P("data")
+        placed = Inputs(*(jax.reshard(x, spec) for x, spec in zip(inputs.arrays, specs, strict=True)))
+        # check_vma takes only the interpreter that simulates a TPU's memory.
+        results = kernels(placed, pltpu.InterpretParams(), z_loss_weight=1e-2)
+    for name, value in results.items():
+        assert relative_error(value, expected[name]) < 1e-5, name
+
+
+def test_a_sharded_vocabulary_is_refused():
+    inputs = random_inputs(vocab_size=128)
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        head = jax.reshard(inputs.lm_head, P(None, "model"))
+        split = Inputs(inputs.hidden, head, inputs.labels, inputs.weight)
+        with pytest.raises(UnsupportedError, match=r"the whole vocabulary, not one split over \('model',\)"):
+            kernels(split)
+
+
+def test_named_where_there_is_no_tpu_it_says_so():
+    inputs = random_inputs()
+    with pytest.raises(UnsupportedError, match="'pallas_tpu' is for TPUs, and there is none here"):
+        loss_and_gradients(inputs, implementation="pallas_tpu")
+
+
+def test_blocks_that_do_not_fit_are_refused_with_what_they_take():
+    with pytest.raises(UnsupportedError, match=r"8192 tokens of hidden_dim=4096 takes .* MiB of VMEM \(sum of dhidden"):
+        tpu_blocks.tpu_blocks(16384, 4096, 128_256, 2, 2**27, 8192)
+    fitting = tpu_blocks.tpu_blocks(16384, 4096, 128_256, 2, 2**26)  # of VMEM half as large
+    assert fitting.block_tokens < tpu_blocks.tpu_blocks(16384, 4096, 128_256, 2, 2**27).block_tokens == 2048
+
+
+def test_a_tpu_has_its_kernels_if_they_are_named():
+    device = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
+    mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Explicit,), abstract_device=device)
+    hidden, lm_head = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((512, 256), (256, 1000)))
+    labels = jnp.zeros(512, jnp.int32)
+
+    def loss(hidden, lm_head):
+        return linear_cross_entropy(hidden, lm_head, labels, weight=jnp.ones(512), implementation="pallas_tpu")[0]
+
+    with jax.sharding.use_abstract_mesh(mesh), dispatch.targeting("tpu"):
+        text = jax.jit(jax.grad(loss, (0, 1))).trace(hidden, lm_head).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count('kernel_name = "cross_entropy_logits"') == 1
+    assert text.count('kernel_name = "cross_entropy_gradients"') == 1
