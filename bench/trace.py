@@ -33,6 +33,7 @@ PHASES = (
     "cross_entropy_with_gradients",
     "cross_entropy_scale_gradients",
     "cross_entropy_token_losses",
+    "cross_entropy_token_losses_gradients",
     "optimizer",
 )
 # and these run forward and backward, and perhaps forward again for the backward pass.
