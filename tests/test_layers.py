@@ -81,6 +81,13 @@ def test_a_variant_is_three_files_that_import_each_other_relatively():
         assert not any("grug_model" in imports(file) for file in folder.glob("*.py"))
 
 
+def test_kernels_do_not_pay_for_pallas():
+    names = "grug_kernels.attention, grug_kernels.cross_entropy"
+    code = f"import sys, {names}; print('jax.experimental.pallas' in sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert loaded.stdout.strip() == "False"
+
+
 def test_kernels_and_models_do_not_pay_for_levanter():
     code = "import sys, grug_model.base.train, train.run; print(sorted({'levanter', 'haliax'} & set(sys.modules)))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -32,6 +32,7 @@ from grug_kernels.attention.tpu_forward_softmax import Static as ForwardStatic
 from grug_kernels.attention.tpu_plan import backward_plan, forward_plan
 from grug_kernels.dispatch import UnsupportedError
 from grug_kernels.sharding import vary_alike
+from grug_kernels.tpu import tpu_info
 
 # As Pallas calls them, and as `chips` does.
 _CHIPS: dict[Any, str] = {
@@ -90,13 +91,8 @@ def attention(
 
 
 def _chip() -> str:
-    """What is traced for: the machine's TPU, or the one that a mesh of devices or an abstract mesh tells of."""
-    try:
-        version = pltpu.get_tpu_info().chip_version
-    except ValueError as error:  # "Unsupported TPU device kind: cpu"
-        raise UnsupportedError(
-            "attention: 'pallas_tpu' is for TPUs, and there is none here to trace for; 'xla' runs everywhere."
-        ) from error
+    """What is traced for."""
+    version = tpu_info("attention").chip_version
     if version not in _CHIPS:
         raise UnsupportedError(f"attention: 'pallas_tpu' knows {', '.join(_CHIPS.values())}, not {version}; use 'xla'.")
     return _CHIPS[version]
@@ -105,26 +101,17 @@ def _chip() -> str:
 def _blocks(q, k, v, chip: str, block_sizes: BlockSizes | None) -> tuple[ForwardBlocks, BackwardBlocks]:
     num_kv_heads, kv_len = k.shape[2], k.shape[1]
     sizes = (kv_len, num_kv_heads, q.shape[2] // num_kv_heads, q.shape[3], v.shape[3], q.dtype.itemsize)
-    forward_shape = ForwardShape(*sizes)
-    forward = default_forward_blocks(forward_shape, chip)
     error = 0 if q.dtype == jnp.float32 else q.dtype.itemsize
-    backward_shape = BackwardShape(*sizes, out_error_itemsize=error)
-    backward = default_backward_blocks(backward_shape, chip)
+    forward_shape, backward_shape = ForwardShape(*sizes), BackwardShape(*sizes, out_error_itemsize=error)
+    forward, backward = default_forward_blocks(forward_shape, chip), default_backward_blocks(backward_shape, chip)
     if block_sizes is not None:
         block_q, block_kv = block_sizes.block_q, block_sizes.block_kv
     else:
         block_q = _SHORT if q.shape[1] <= _SHORT else forward.block_q
         block_kv = _SHORT if kv_len <= _SHORT else forward.block_kv
-    forward = fit_forward(_cut(forward, block_q, block_kv, block_q), forward_shape, chip)
-    return forward, fit_backward(_cut(backward, block_q, block_kv, block_q // 2), backward_shape, chip)
-
-
-def _cut(blocks, block_q: int, block_kv: int, row_chunk: int):
-    """Other tiles, the key chunk being a whole number of them."""
-    if (block_q, block_kv) == (blocks.block_q, blocks.block_kv):
-        return blocks
-    chunk = -(-blocks.key_chunk // block_kv) * block_kv
-    return replace(blocks, block_q=block_q, block_kv=block_kv, row_chunk=row_chunk, key_chunk=chunk)
+    tile = {"block_q": block_q, "block_kv": block_kv, "key_chunk": block_kv}  # how many keys at a time is fitted
+    forward = fit_forward(replace(forward, row_chunk=block_q, **tile), forward_shape, chip)
+    return forward, fit_backward(replace(backward, row_chunk=block_q // 2, **tile), backward_shape, chip)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

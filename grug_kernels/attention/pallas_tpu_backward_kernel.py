@@ -12,8 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from grug_kernels.attention.tpu_backward_blocks import BackwardBlocks
-from grug_kernels.attention.tpu_matmul import LOG2_E, matmul
 from grug_kernels.attention.tpu_plan import Tiles, tiles_of
+from grug_kernels.tpu import LOG2_E, matmul
 
 # As the log-sum-exp of a query that sees nothing: exp2(score - this) is 0 for any finite score. Finite itself.
 NOTHING_SEEN = 1e30

@@ -38,8 +38,8 @@ from grug_kernels.attention.tpu_forward_softmax import (
     statistic,
     stored,
 )
-from grug_kernels.attention.tpu_matmul import LOG2_E, matmul
 from grug_kernels.attention.tpu_plan import Tiles, tiles_of
+from grug_kernels.tpu import LOG2_E, matmul
 
 
 class _Shape(Enum):

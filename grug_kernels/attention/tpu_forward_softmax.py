@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from grug_kernels.attention.tpu_forward_blocks import ForwardBlocks
-from grug_kernels.attention.tpu_matmul import LOG2_E
+from grug_kernels.tpu import LOG2_E
 
 # Stands for "no score yet". Finite: -inf - -inf is NaN, and would poison queries that see nothing.
 NO_SCORE = -0.7 * float(jnp.finfo(jnp.float32).max)

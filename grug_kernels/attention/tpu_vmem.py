@@ -7,6 +7,7 @@ from typing import Any
 
 from grug_kernels.chips import MIB, TPUS, Chip
 from grug_kernels.dispatch import UnsupportedError
+from grug_kernels.tpu import itemised
 
 
 def vmem_of(chip: str) -> float:
@@ -43,16 +44,9 @@ def with_longest_chunk(
         if sum(vmem_terms(shape, cut).values()) <= limit:
             return cut
     terms = vmem_terms(shape, replace(blocks, key_chunk=blocks.block_kv))
-    largest = sorted((item for item in terms.items() if item[1]), key=lambda item: -item[1])
     raise UnsupportedError(
         f"attention {kernel}: one tile of block_q={blocks.block_q}, block_kv={blocks.block_kv} with"
         f" head_dim={shape.head_dim}, v_head_dim={shape.v_head_dim} takes {sum(terms.values()) / MIB:.1f} MiB of VMEM"
-        f" ({', '.join(f'{name} {size / MIB:.1f}' for name, size in largest)}), and {chip} has {limit / MIB:.1f} MiB"
-        " for it."
-        " Use smaller blocks, or implementation='xla'."
+        f" ({itemised(terms)}), and {chip} has {limit / MIB:.1f} MiB for it. Use smaller blocks, or"
+        " implementation='xla'."
     )
-
-
-def lanes(width: int) -> int:
-    """`width` filled up to whole rows of lanes."""
-    return -(-width // 128) * 128

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from grug_kernels import dispatch
-from grug_kernels.cross_entropy import pallas_tpu, reference, xla
+from grug_kernels.cross_entropy import reference, xla
 from grug_kernels.cross_entropy.block_sizes import BlockSizes
 from grug_kernels.cross_entropy.settings import LossSettings, Shards
 
@@ -133,14 +133,23 @@ def _token_losses_per_shard(implementation, hidden, lm_head, labels, settings: L
     return settings.shards.map(local, P(settings.shards.token_axes or None), hidden, lm_head, labels)
 
 
+def _pallas_tpu(name: str) -> Callable:
+    def run(*args):
+        from grug_kernels.cross_entropy import pallas_tpu  # imports Pallas, which only a TPU needs, for half a second
+
+        return getattr(pallas_tpu, name)(*args)
+
+    return run
+
+
 # The reference needs no shard_map: plain jnp follows the arrays' shardings.
 WEIGHTED_LOSSES: dict[str, Callable] = {
-    "pallas_tpu": partial(_weighted_losses_per_shard, pallas_tpu.weighted_losses),
+    "pallas_tpu": partial(_weighted_losses_per_shard, _pallas_tpu("weighted_losses")),
     "xla": partial(_weighted_losses_per_shard, xla.weighted_losses),
     "reference": reference.weighted_losses,
 }
 TOKEN_LOSSES: dict[str, Callable] = {
-    "pallas_tpu": partial(_token_losses_per_shard, pallas_tpu.token_losses),
+    "pallas_tpu": partial(_token_losses_per_shard, _pallas_tpu("token_losses")),
     "xla": partial(_token_losses_per_shard, xla.token_losses),
     "reference": reference.token_losses,
 }

@@ -12,14 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import tpu as pltpu
 
 from grug_kernels.cross_entropy.pallas_tpu_gradients import HeadSums, gradients_of_block
 from grug_kernels.cross_entropy.pallas_tpu_logits import Logits, logits_of_block
 from grug_kernels.cross_entropy.settings import LossSettings
-from grug_kernels.cross_entropy.tpu_blocks import LANES, TpuBlocks, tpu_blocks
+from grug_kernels.cross_entropy.tpu_blocks import TpuBlocks, tpu_blocks
 from grug_kernels.cross_entropy.xla import scan_blocks, weighted_sums
 from grug_kernels.dispatch import UnsupportedError
+from grug_kernels.tpu import LANES, tpu_info
 
 _V6E_VMEM = 128 * 2**20  # what an interpreted kernel is cut for
 
@@ -64,19 +64,9 @@ def _static(hidden, lm_head, settings: LossSettings, interpret: Any) -> _Static:
         )
     (tokens, hidden_dim), vocab_size = hidden.shape, lm_head.shape[1]
     block_tokens = None if settings.block_sizes is None else settings.block_sizes.block_tokens
-    vmem = _V6E_VMEM if interpret else _vmem()
+    vmem = _V6E_VMEM if interpret else tpu_info("cross_entropy").vmem_capacity_bytes
     blocks = tpu_blocks(tokens, hidden_dim, vocab_size, hidden.dtype.itemsize, vmem, block_tokens)
     return _Static(settings, vocab_size, blocks, -(-tokens // blocks.block_tokens), interpret)
-
-
-def _vmem() -> int:
-    """Bytes, of the machine's TPU, or of the one that a mesh of devices or an abstract mesh tells of."""
-    try:
-        return pltpu.get_tpu_info().vmem_capacity_bytes
-    except ValueError as error:  # "Unsupported TPU device kind: cpu"
-        raise UnsupportedError(
-            "cross_entropy: 'pallas_tpu' is for TPUs, and there is none here to trace for; 'xla' runs everywhere."
-        ) from error
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -18,9 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from grug_kernels.attention.tpu_matmul import matmul
 from grug_kernels.cross_entropy.pallas_tpu_logits import Logits
-from grug_kernels.cross_entropy.tpu_blocks import LANES, TpuBlocks
+from grug_kernels.cross_entropy.tpu_blocks import TpuBlocks
+from grug_kernels.tpu import LANES, matmul
 
 _IS_FIRST, _IS_LAST = 0, 1  # flags of a block of tokens
 _PIECES = 8  # of a step's dlogits, made between the products

@@ -21,8 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from grug_kernels.attention.tpu_matmul import matmul
-from grug_kernels.cross_entropy.tpu_blocks import LANES, TpuBlocks
+from grug_kernels.cross_entropy.tpu_blocks import TpuBlocks
+from grug_kernels.tpu import LANES, matmul
 
 # Added to the logits of columns that are no vocabulary. Finite: a lane may have no other, and inf - inf is NaN.
 _NO_COLUMN = -1e30

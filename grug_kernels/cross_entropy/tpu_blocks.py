@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from grug_kernels.chips import MIB
 from grug_kernels.dispatch import UnsupportedError
+from grug_kernels.tpu import LANES, itemised, lanes
 
-LANES = 128
 _TOKENS = 2048  # each adds up dlm_head once, 8 bytes a weight: from here on two matmuls take longer than that on v6e
 _VOCAB = 768
 _CHUNKS = 4
@@ -38,7 +38,7 @@ def logits_vmem_terms(blocks: TpuBlocks, hidden_dim: int, itemsize: int) -> dict
     tokens, vocab = blocks.block_tokens, blocks.block_vocab
     by_lane = tokens * LANES * 4
     return {
-        "hidden": tokens * _lanes(hidden_dim) * itemsize,
+        "hidden": tokens * lanes(hidden_dim) * itemsize,
         "lm_head": 2 * hidden_dim * vocab * itemsize,
         "exponentials": 2 * tokens * vocab * itemsize,
         # Windows: labels, references, and two or three results. Scratch: largest, sum, label's logit, column.
@@ -53,8 +53,8 @@ def gradients_vmem_terms(blocks: TpuBlocks, hidden_dim: int, itemsize: int) -> d
     chunk = hidden_dim // blocks.hidden_chunks
     rows = tokens // blocks.hidden_chunks
     return {
-        "hidden, transposed": hidden_dim * _lanes(tokens) * itemsize,
-        "sum of dhidden": blocks.hidden_chunks * tokens * _lanes(chunk) * 4,
+        "hidden, transposed": hidden_dim * lanes(tokens) * itemsize,
+        "sum of dhidden": blocks.hidden_chunks * tokens * lanes(chunk) * 4,
         "dlogits": 2 * tokens * vocab * itemsize,
         "lm_head": 2 * chunk * vocab * itemsize,
         "dlm_head": 2 * chunk * vocab * (2 * 4 + itemsize),  # sums in and out, and rounded
@@ -90,10 +90,9 @@ def tpu_blocks(
     terms = max(
         (logits_vmem_terms, gradients_vmem_terms), key=lambda of: sum(of(blocks, hidden_dim, itemsize).values())
     )
-    largest = sorted(terms(blocks, hidden_dim, itemsize).items(), key=lambda item: -item[1])
     raise UnsupportedError(
         f"cross_entropy: 'pallas_tpu' with {block_tokens} tokens of hidden_dim={hidden_dim} takes"
-        f" {taken / MIB:.1f} MiB of VMEM ({', '.join(f'{name} {size / MIB:.1f}' for name, size in largest)}), and"
+        f" {taken / MIB:.1f} MiB of VMEM ({itemised(terms(blocks, hidden_dim, itemsize))}), and"
         f" there are {blocks.vmem_limit / MIB:.1f} MiB for it. Use a smaller block_tokens, or implementation='xla'."
     )
 
@@ -104,14 +103,10 @@ def _cut(block_tokens: int, hidden_dim: int, vocab_size: int, vmem_limit: int) -
 
     chunks = next((n for n in (_CHUNKS, _CHUNKS // 2) if is_whole(n)), 1)
     rows = _ROWS if block_tokens % _ROWS == 0 else block_tokens
-    return TpuBlocks(block_tokens, min(_VOCAB, _lanes(vocab_size)), chunks, rows, vmem_limit)
+    return TpuBlocks(block_tokens, min(_VOCAB, lanes(vocab_size)), chunks, rows, vmem_limit)
 
 
 def _whole(tokens: int) -> int:
     """Filled up to whole tiles of bfloat16; blocks of more than a tile to whole rows of lanes."""
     unit = 16 if tokens < LANES else LANES
     return -(-tokens // unit) * unit
-
-
-def _lanes(width: int) -> int:
-    return -(-width // LANES) * LANES
