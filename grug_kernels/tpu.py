@@ -3,12 +3,13 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from grug_kernels.chips import MIB
+from grug_kernels.chips import MIB, TPUS, Chip
 from grug_kernels.dispatch import UnsupportedError
 
 LANES = 128
@@ -33,15 +34,46 @@ def itemised(terms: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {size / MIB:.1f}" for name, size in largest)
 
 
-def tpu_info(op: str) -> pltpu.TpuInfo:
-    """Of the machine's TPU, or of the one that a mesh of devices or an abstract mesh tells of.
+def traced_chip(op: str) -> str:
+    """The machine's TPU, or that of the mesh that is traced for, as `chips` calls it: "v6e".
 
     Raises:
-      UnsupportedError: there is none to trace for.
+      UnsupportedError: there is none to trace for, or one that `chips` does not know.
     """
     try:
-        return pltpu.get_tpu_info()
+        version = pltpu.get_tpu_info().chip_version
     except ValueError as error:  # "Unsupported TPU device kind: cpu"
         raise UnsupportedError(
             f"{op}: 'pallas_tpu' is for TPUs, and there is none here to trace for; 'xla' runs everywhere."
         ) from error
+    if version not in _CHIPS:
+        raise UnsupportedError(f"{op}: 'pallas_tpu' knows {', '.join(_CHIPS.values())}, not {version}; use 'xla'.")
+    return _CHIPS[version]
+
+
+def vmem_of(chip: str) -> float:
+    """Bytes of one core."""
+    vmem = _tpu(chip).vmem_bytes
+    assert vmem is not None
+    return vmem
+
+
+def cores_of(chip: str) -> int:
+    """That share the parallel axes of a grid."""
+    cores = _tpu(chip).cores
+    assert cores is not None
+    return cores
+
+
+# As Pallas calls them, and as `chips` does.
+_CHIPS: dict[Any, str] = {
+    pltpu.ChipVersion.TPU_V4: "v4",
+    pltpu.ChipVersion.TPU_V5E: "v5e",
+    pltpu.ChipVersion.TPU_V5P: "v5p",
+    pltpu.ChipVersion.TPU_V6E: "v6e",
+    pltpu.ChipVersion.TPU_7X: "tpu7x",
+}
+
+
+def _tpu(chip: str) -> Chip:
+    return next(tpu for tpu in TPUS if tpu.name == chip)

@@ -36,7 +36,7 @@ _PARTS = ("final_bundles", "final_hlo-static-per-bundle-utilization", "pre-final
 
 @dataclass(frozen=True)
 class Refusal:
-    """sentence: the first line of what `stage` raised."""
+    """sentence: the first line of what `stage` raised, with the next where it ends in a colon."""
 
     stage: Stage
     error: str
@@ -44,7 +44,8 @@ class Refusal:
 
     @staticmethod
     def of(stage: Stage, error: BaseException) -> "Refusal":
-        return Refusal(stage, type(error).__name__, next(iter(str(error).splitlines()), ""))
+        first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+        return Refusal(stage, type(error).__name__, f"{first} {rest[0]}" if first.endswith(":") and rest else first)
 
     def __str__(self) -> str:
         return f"{self.stage} raised {self.error}: {self.sentence}"

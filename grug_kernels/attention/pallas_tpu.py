@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from grug_kernels.attention import pallas_tpu_backward, pallas_tpu_forward
@@ -32,16 +31,8 @@ from grug_kernels.attention.tpu_forward_softmax import Static as ForwardStatic
 from grug_kernels.attention.tpu_plan import backward_plan, forward_plan
 from grug_kernels.dispatch import UnsupportedError
 from grug_kernels.sharding import vary_alike
-from grug_kernels.tpu import tpu_info
+from grug_kernels.tpu import traced_chip
 
-# As Pallas calls them, and as `chips` does.
-_CHIPS: dict[Any, str] = {
-    pltpu.ChipVersion.TPU_V4: "v4",
-    pltpu.ChipVersion.TPU_V5E: "v5e",
-    pltpu.ChipVersion.TPU_V5P: "v5p",
-    pltpu.ChipVersion.TPU_V6E: "v6e",
-    pltpu.ChipVersion.TPU_7X: "tpu7x",
-}
 _SHORT = 256  # the shortest block that the backward pass can cut into two row chunks of 128 lanes
 
 
@@ -80,7 +71,7 @@ def attention(
       UnsupportedError: no TPU to trace for, a type that is neither bfloat16 nor float32, a scale that is not positive,
         or heads too wide for VMEM.
     """
-    chip = "v6e" if interpret else _chip()
+    chip = "v6e" if interpret else traced_chip("attention")
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         raise UnsupportedError(f"attention: 'pallas_tpu' takes bfloat16 and float32, not {q.dtype}; use 'xla'.")
     if sm_scale <= 0:
@@ -88,14 +79,6 @@ def attention(
     forward, backward = _blocks(q, k, v, chip, block_sizes)
     static = _Static(sm_scale, logit_soft_cap, with_max_logits, forward, backward, interpret)
     return _attention(static, *vary_alike((q, k, v, sinks, intervals)))
-
-
-def _chip() -> str:
-    """What is traced for."""
-    version = tpu_info("attention").chip_version
-    if version not in _CHIPS:
-        raise UnsupportedError(f"attention: 'pallas_tpu' knows {', '.join(_CHIPS.values())}, not {version}; use 'xla'.")
-    return _CHIPS[version]
 
 
 def _blocks(q, k, v, chip: str, block_sizes: BlockSizes | None) -> tuple[ForwardBlocks, BackwardBlocks]:

@@ -3,8 +3,8 @@
 
 from dataclasses import dataclass, replace
 
-from grug_kernels.attention.tpu_vmem import cores_of, vmem_of, with_longest_chunk
-from grug_kernels.tpu import lanes
+from grug_kernels.attention.tpu_vmem import with_longest_chunk
+from grug_kernels.tpu import cores_of, lanes, vmem_of
 
 
 @dataclass(frozen=True)

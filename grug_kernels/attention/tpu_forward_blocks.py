@@ -4,8 +4,8 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from grug_kernels.attention.tpu_vmem import vmem_of, with_longest_chunk
-from grug_kernels.tpu import lanes
+from grug_kernels.attention.tpu_vmem import with_longest_chunk
+from grug_kernels.tpu import lanes, vmem_of
 
 
 @dataclass(frozen=True)

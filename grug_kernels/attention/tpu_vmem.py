@@ -5,27 +5,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from grug_kernels.chips import MIB, TPUS, Chip
+from grug_kernels.chips import MIB
 from grug_kernels.dispatch import UnsupportedError
-from grug_kernels.tpu import itemised
-
-
-def vmem_of(chip: str) -> float:
-    """Bytes of one core."""
-    vmem = _tpu(chip).vmem_bytes
-    assert vmem is not None
-    return vmem
-
-
-def cores_of(chip: str) -> int:
-    """That share the parallel axes of a grid."""
-    cores = _tpu(chip).cores
-    assert cores is not None
-    return cores
-
-
-def _tpu(chip: str) -> Chip:
-    return next(tpu for tpu in TPUS if tpu.name == chip)
+from grug_kernels.tpu import itemised, vmem_of
 
 
 def with_longest_chunk(

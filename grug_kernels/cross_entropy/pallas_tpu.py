@@ -1,36 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss on a TPU by two Pallas kernels for each block of tokens: `pallas_tpu_logits`, `pallas_tpu_gradients`.
 
-As in `xla.py`: everything works on one device's shards, and gradients are made in the forward pass. The vocabulary is
-filled up to whole tiles, which costs a copy of lm_head where it is not.
+As in `xla.py`: everything works on one device's shards, and gradients are made in the forward pass. The kernels have
+tokens along the lanes; hidden and its gradient are transposed block by block, lm_head is not.
 """
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from grug_kernels.cross_entropy.pallas_tpu_gradients import HeadSums, gradients_of_block
+from grug_kernels.cross_entropy.pallas_tpu_gradients import HeadSums, Rows, gradients_of_block
 from grug_kernels.cross_entropy.pallas_tpu_logits import Logits, logits_of_block
 from grug_kernels.cross_entropy.settings import LossSettings
 from grug_kernels.cross_entropy.tpu_blocks import TpuBlocks, tpu_blocks
 from grug_kernels.cross_entropy.xla import scan_blocks, weighted_sums
 from grug_kernels.dispatch import UnsupportedError
-from grug_kernels.tpu import LANES, tpu_info
-
-_V6E_VMEM = 128 * 2**20  # what an interpreted kernel is cut for
+from grug_kernels.tpu import traced_chip
 
 
 @dataclass(frozen=True)
 class _Static:
-    """vocab_size: before it is filled up. num_blocks: of tokens. interpret: run on a CPU, for tests; as
-    `pl.pallas_call` takes it."""
+    """num_blocks: of tokens. interpret: run on a CPU, for tests; as `pl.pallas_call` takes it."""
 
     settings: LossSettings
-    vocab_size: int
     blocks: TpuBlocks
     num_blocks: int
     interpret: Any
@@ -39,8 +35,8 @@ class _Static:
 def weighted_losses(hidden, lm_head, labels, weight, settings: LossSettings, *, interpret: Any = False):
     """See `xla.weighted_losses`.
 
-    Temporary, beside dlm_head in float32: for each token of a block and padded vocabulary entry one exponential in the
-    inputs' type, and a sixth of a float32.
+    Temporary, beside dlm_head in float32: for each token of a block and vocabulary entry one exponential in the inputs'
+    type.
 
     Raises:
       UnsupportedError: no TPU to trace for, a sharded vocabulary, or a hidden_dim too wide for VMEM.
@@ -64,19 +60,19 @@ def _static(hidden, lm_head, settings: LossSettings, interpret: Any) -> _Static:
         )
     (tokens, hidden_dim), vocab_size = hidden.shape, lm_head.shape[1]
     block_tokens = None if settings.block_sizes is None else settings.block_sizes.block_tokens
-    vmem = _V6E_VMEM if interpret else tpu_info("cross_entropy").vmem_capacity_bytes
-    blocks = tpu_blocks(tokens, hidden_dim, vocab_size, hidden.dtype.itemsize, vmem, block_tokens)
-    return _Static(settings, vocab_size, blocks, -(-tokens // blocks.block_tokens), interpret)
+    chip = "v6e" if interpret else traced_chip("cross_entropy")
+    blocks = tpu_blocks(tokens, hidden_dim, vocab_size, hidden.dtype.itemsize, chip, block_tokens)
+    return _Static(settings, blocks, -(-tokens // blocks.block_tokens), interpret)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 @jax.named_scope("cross_entropy_forward")
 def _weighted_losses(static: _Static, hidden, lm_head, labels, weight):
-    whole_head = _filled(static.settings.shards.gathered(lm_head), static)
+    whole_head = static.settings.shards.gathered(lm_head)
 
     def block(_, xs):
-        logits = _logits(static, xs[0], whole_head, xs[1], keep=False)
-        return None, _losses_of(logits, static.settings)
+        softmax = _softmax(_logits(static, xs[0].T, whole_head, xs[1], keep=False))
+        return None, _losses_of(softmax, static.settings)
 
     _, losses = scan_blocks(block, None, (hidden, labels), static.blocks.block_tokens)
     return weighted_sums(losses, weight, static.settings.shards)[0]
@@ -86,18 +82,20 @@ def _weighted_losses(static: _Static, hidden, lm_head, labels, weight):
 def _forward_with_gradients(static: _Static, hidden, lm_head, labels, weight):
     """The formulas of `xla._forward_with_gradients`."""
     settings, shards = static.settings, static.settings.shards
-    whole_head = _filled(shards.gathered(lm_head), static)
+    whole_head = shards.gathered(lm_head)
 
     def block(carry, xs):
         hidden, labels, weight = xs
-        logits = _logits(static, hidden, whole_head, labels, keep=True)
-        push = weight * (1 + 2 * settings.z_loss_weight * logits.lse[:, 0])
-        dhidden, carry = _add_gradients(static, hidden, whole_head, labels, push, weight, logits, carry)
-        return carry, (dhidden.astype(hidden.dtype), _losses_of(logits, settings))
+        hidden_t = hidden.T
+        logits = _logits(static, hidden_t, whole_head, labels, keep=True)
+        softmax = _softmax(logits)
+        push = weight * (1 + 2 * settings.z_loss_weight * softmax.lse)
+        dhidden, carry = _add_gradients(static, hidden_t, whole_head, labels, push, weight, logits, softmax, carry)
+        return carry, (dhidden, _losses_of(softmax, settings))
 
     dtype = jnp.float32 if shards.gather_axes or shards.reduce_axes else lm_head.dtype
     dlm_head, (dhidden, losses) = _with_gradients(static, block, whole_head, (hidden, labels, weight), dtype)
-    dlm_head = shards.scattered(dlm_head).astype(lm_head.dtype)
+    dlm_head = shards.scattered(dlm_head)[:, : lm_head.shape[1]].astype(lm_head.dtype)
     sums, dweight = weighted_sums(losses, weight, shards)
     return sums, (dhidden, dlm_head, dweight)
 
@@ -116,11 +114,13 @@ _weighted_losses.defvjp(_forward_with_gradients, _scale_gradients)
 @jax.named_scope("cross_entropy_token_losses")
 def _token_losses(static: _Static, hidden, lm_head, labels):
     """lm_head: whole, float32. -> loss, lse, argmax, each [tokens]."""
-    whole_head = _filled(lm_head.astype(hidden.dtype), static)
+    whole_head = lm_head.astype(hidden.dtype)
 
     def block(_, xs):
-        logits = _logits(static, xs[0], whole_head, xs[1], keep=False, with_argmax=True)
-        lse, label_logit, argmax = (x[:, 0] for x in logits[2:])
+        logits = _logits(static, xs[0].T, whole_head, xs[1], keep=False, with_argmax=True)
+        lse, label_logit = _softmax(logits)
+        core = jnp.argmax(logits.largest, axis=0)
+        argmax = jnp.take_along_axis(logits.argmax, core[None], axis=0)[0]
         return None, (lse - label_logit, lse, argmax)
 
     return scan_blocks(block, None, (hidden, labels), static.blocks.block_tokens)[1]
@@ -134,27 +134,42 @@ def _token_losses_forward(static: _Static, hidden, lm_head, labels):
 def _token_losses_backward(static: _Static, inputs, cotangents):
     hidden, lm_head, labels = inputs
     dloss, dlse, _ = cotangents
-    whole_head = _filled(lm_head.astype(hidden.dtype), static)
+    whole_head = lm_head.astype(hidden.dtype)
 
     def block(carry, xs):
         hidden, labels, dloss, dlse = xs
-        logits = _logits(static, hidden, whole_head, labels, keep=True)
-        dhidden, carry = _add_gradients(static, hidden, whole_head, labels, dloss + dlse, dloss, logits, carry)
-        return carry, dhidden.astype(hidden.dtype)
+        hidden_t = hidden.T
+        logits = _logits(static, hidden_t, whole_head, labels, keep=True)
+        softmax = _softmax(logits)
+        dhidden, carry = _add_gradients(
+            static, hidden_t, whole_head, labels, dloss + dlse, dloss, logits, softmax, carry
+        )
+        return carry, dhidden
 
     dlm_head, dhidden = _with_gradients(static, block, whole_head, (hidden, labels, dloss, dlse), jnp.float32)
-    return dhidden, dlm_head, None
+    return dhidden, dlm_head[:, : lm_head.shape[1]], None
 
 
 _token_losses.defvjp(_token_losses_forward, _token_losses_backward)
 
 
-def _logits(static: _Static, hidden, lm_head, labels, *, keep: bool, with_argmax: bool = False) -> Logits:
+class _Softmax(NamedTuple):
+    """Of each token of a block, over the whole vocabulary, float32."""
+
+    lse: jax.Array
+    label_logit: jax.Array
+
+
+def _softmax(logits: Logits) -> _Softmax:
+    """What the cores found, each in its share of the vocabulary, put together."""
+    return _Softmax(jax.nn.logsumexp(logits.lse, axis=0), logits.label_logit.sum(axis=0))
+
+
+def _logits(static: _Static, hidden_t, lm_head, labels, *, keep: bool, with_argmax: bool = False) -> Logits:
     return logits_of_block(
-        hidden,
+        hidden_t,
         lm_head,
-        _in_lanes(labels.astype(jnp.int32)),
-        vocab_size=static.vocab_size,
+        labels.astype(jnp.int32)[None],
         logit_soft_cap=static.settings.logit_soft_cap,
         blocks=static.blocks,
         keep=keep,
@@ -163,49 +178,42 @@ def _logits(static: _Static, hidden, lm_head, labels, *, keep: bool, with_argmax
     )
 
 
-def _add_gradients(static: _Static, hidden, lm_head, labels, push, pull, logits: Logits, sums: HeadSums):
-    """-> dhidden float32, and `sums` with this block in them."""
-    return gradients_of_block(
-        hidden,
+def _add_gradients(static: _Static, hidden_t, lm_head, labels, push, pull, logits: Logits, softmax: _Softmax, sums):
+    """dlogits = push * softmax, less pull at the label. -> dhidden [tokens, hidden_dim] in the inputs' type, and `sums`
+    with this block in them."""
+    cap = static.settings.logit_soft_cap
+    at_label = push * jnp.exp(softmax.label_logit - softmax.lse) - pull
+    if cap is not None:
+        at_label *= 1 - (softmax.label_logit / cap) ** 2
+    dhidden, sums = gradients_of_block(
+        hidden_t,
         lm_head,
-        _in_lanes(labels.astype(jnp.int32)),
-        _in_lanes(push),
-        _in_lanes(pull),
-        logits,
+        logits.exps,
+        logits.references,
+        Rows(labels.astype(jnp.int32)[None], softmax.lse[None], push[None], at_label[None]),
         sums,
         num_blocks=static.num_blocks,
-        logit_soft_cap=static.settings.logit_soft_cap,
+        logit_soft_cap=cap,
         blocks=static.blocks,
         interpret=static.interpret,
     )
+    return dhidden.sum(axis=0).T.astype(hidden_t.dtype), sums
 
 
 def _with_gradients(static: _Static, block, whole_head, per_token, dtype):
-    """Scans `block`, whose carry is that of `_add_gradients`. -> dlm_head [hidden_dim, vocab_size] in `dtype`, outputs.
-
-    float32 is for what is still added up over devices.
-    """
-    rounded = None if dtype == jnp.float32 else lax.empty(whole_head.shape, dtype)
-    sums = HeadSums(lax.empty(whole_head.shape, jnp.float32), rounded, jnp.zeros((), jnp.int32))
+    """Scans `block`, whose carry is that of `_add_gradients`. -> dlm_head [hidden_dim, padded vocabulary] in `dtype`,
+    outputs. float32 is for what is still added up over devices."""
+    hidden_dim, vocab_size = whole_head.shape
+    shape = hidden_dim, static.blocks.tiles(vocab_size) * static.blocks.block_vocab
+    low = None if dtype == jnp.float32 else lax.empty(shape, dtype)
+    sums = HeadSums(lax.empty(shape, dtype), low, jnp.zeros((), jnp.int32))
     sums = lax.pcast(sums, static.settings.shards.token_axes, to="varying")
     sums, outputs = scan_blocks(block, sums, per_token, static.blocks.block_tokens)
-    dlm_head = sums.total if sums.rounded is None else sums.rounded
-    return dlm_head[:, : static.vocab_size], outputs
+    return sums.high, outputs
 
 
-def _losses_of(logits: Logits, settings: LossSettings):
+def _losses_of(softmax: _Softmax, settings: LossSettings):
     """Cross-entropy and z-loss of each token of a block."""
-    lse = logits.lse[:, 0]
+    lse, label_logit = softmax
     z_loss = settings.z_loss_weight * lse**2 if settings.z_loss_weight else jnp.zeros_like(lse)
-    return lse - logits.label_logit[:, 0], z_loss
-
-
-def _in_lanes(x):
-    """[tokens] -> [tokens, 128]."""
-    return jnp.broadcast_to(x[:, None], (x.shape[0], LANES))
-
-
-def _filled(lm_head, static: _Static):
-    """With zero columns, up to a whole number of blocks."""
-    padding = -lm_head.shape[1] % static.blocks.block_vocab
-    return jnp.pad(lm_head, ((0, 0), (0, padding))) if padding else lm_head
+    return lse - label_logit, z_loss

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Second TPU kernel of the loss: both gradients of a block of tokens, from the exponentials that the first one left.
 
-    dlogits[t, v] = push[t] * softmax[t, v] - (pull[t] where v == labels[t])     times the slope of the soft cap
-    dhidden       = dlogits @ lm_head^T          dlm_head += hidden^T @ dlogits
+    dlogits[v, t] = push[t] * softmax[v, t], and at the label at_label[t];     times the slope of the soft cap
+    dhidden^T     = lm_head @ dlogits          dlm_head += hidden^T @ dlogits^T
 
 dlogits of one tile of the vocabulary are made, and rounded to the inputs' type, while those of the tile before are
-multiplied; they never leave VMEM. Both products are made in one pass because of dlm_head: adding to it moves 8 bytes a
-weight through HBM, which two products of 2048 tokens outlast on a v6e and one does not.
+multiplied; they never leave VMEM. At the label, where softmax - 1 may be a small difference, nothing is taken from the
+rounded exponential. Both products are made in one pass because of dlm_head: adding to it moves 8 bytes a weight through
+HBM, which two products of 2048 tokens outlast on a v6e and one does not.
 """
 
 from functools import partial
@@ -18,34 +19,41 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from grug_kernels.cross_entropy.pallas_tpu_logits import Logits
 from grug_kernels.cross_entropy.tpu_blocks import TpuBlocks
 from grug_kernels.tpu import LANES, matmul
 
 _IS_FIRST, _IS_LAST = 0, 1  # flags of a block of tokens
-_PIECES = 8  # of a step's dlogits, made between the products
-_PRODUCT_ROWS = 512  # of one product: fewer, and the matrix unit loads its operand more often than it uses it
 
 
 class HeadSums(NamedTuple):
-    """What the blocks of tokens add up. block: the number of them in it, int32; with none the arrays may hold anything.
+    """dlm_head [hidden_dim, padded vocabulary], added up over blocks of tokens. block: the number of them in it, int32;
+    with none the arrays may hold anything.
 
-    total [hidden_dim, padded vocabulary] float32. rounded: written by the last block, which then leaves total
-    undefined: total in the type of lm_head. None: total is what is wanted.
+    high: float32, and low None; or both bfloat16, the sum being theirs together, to 17 bits, until the last block
+    rounds it into high and leaves low undefined: float32 sums would take twice the memory of low.
     """
 
-    total: Any
-    rounded: Any
+    high: Any
+    low: Any
     block: Any
 
 
+class Rows(NamedTuple):
+    """Of each token, [1, block_tokens]: labels int32, the others float32. lse: over the whole vocabulary.
+    at_label: the gradient in the label's logit."""
+
+    labels: Any
+    lse: Any
+    push: Any
+    at_label: Any
+
+
 def gradients_of_block(
-    hidden,
+    hidden_t,
     lm_head,
-    labels,
-    push,
-    pull,
-    logits: Logits,
+    exps,
+    references,
+    rows: Rows,
     sums: HeadSums,
     *,
     num_blocks: int,
@@ -53,187 +61,173 @@ def gradients_of_block(
     blocks: TpuBlocks,
     interpret: Any,
 ):
-    """-> dhidden [block_tokens, hidden_dim] float32, and `sums` with this block in it, in the same memory.
+    """-> dhidden [cores, hidden_dim, block_tokens] float32, of what each core had of the vocabulary, and `sums` with
+    this block in it, in the same memory.
 
-    hidden, lm_head, labels: as in `logits_of_block`; push, pull [block_tokens, 128] float32, the same in every lane.
+    hidden_t, lm_head: as in `logits_of_block`, exps and references from there.
     """
-    (tokens, hidden_dim), width = hidden.shape, lm_head.shape[1]
-    tiles, chunks = width // blocks.block_vocab, blocks.hidden_chunks
-    rows, chunk = tokens // chunks, hidden_dim // chunks
-    shape_of = partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(hidden).manual_axis_type)
+    (hidden_dim, tokens), vocab_size = hidden_t.shape, lm_head.shape[1]
+    tiles, per_core = blocks.tiles(vocab_size), blocks.tiles_per_core(vocab_size)
+    shape_of = partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(hidden_t).manual_axis_type)
     flags = jnp.stack([sums.block == 0, sums.block == num_blocks - 1]).astype(jnp.int32)
 
-    def made(v):
-        return jnp.minimum(v, tiles - 1)
+    def made(core, step, _):
+        return jnp.minimum(core * per_core + jnp.minimum(step, per_core - 1), tiles - 1)
 
-    def multiplied(v, d, _):
-        # In the first tile's steps nothing is multiplied yet, and the first product's window just waits.
-        return jnp.where(v == 0, 0, d), jnp.maximum(v - 1, 0)
+    def multiplied(core, step, _):
+        # In the first step nothing is multiplied yet, and the window just waits.
+        return jnp.minimum(core * per_core + jnp.maximum(step - 1, 0), tiles - 1)
 
     def multiplied_if(flag, is_set):
         # Where it is not, the window stays at one place, and nothing moves.
-        def place(v, d, flags_ref):
-            return tuple(jnp.where(flags_ref[flag] == is_set, at, 0) for at in multiplied(v, d, flags_ref))
+        def place(core, step, flags_ref):
+            return 0, jnp.where(flags_ref[flag] == is_set, multiplied(core, step, flags_ref), core * (tiles - 1))
 
-        return pl.BlockSpec((chunk, blocks.block_vocab), place)
+        return pl.BlockSpec((hidden_dim, blocks.block_vocab), place)
 
-    has_rounded = sums.rounded is not None
-    by_rows = pl.BlockSpec((rows, LANES), lambda v, d, _: (d, 0))
-    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+    has_low = sums.low is not None
+    of_head = pl.BlockSpec((hidden_dim, blocks.block_vocab), lambda *at: (0, multiplied(*at)))
+    by_token = pl.BlockSpec((1, tokens), lambda *_: (0, 0))
     outputs = pl.pallas_call(
-        partial(_kernel, logit_soft_cap=logit_soft_cap, blocks=blocks, has_rounded=has_rounded),
+        partial(_kernel, vocab_size=vocab_size, logit_soft_cap=logit_soft_cap, blocks=blocks, parts=1 + has_low),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(tiles + 1, chunks),
+            grid=(blocks.cores, per_core + 1),
             in_specs=[
-                pl.BlockSpec((hidden_dim, tokens), lambda v, d, _: (0, 0), pipeline_mode=pl.Buffered(1)),
-                pl.BlockSpec((chunk, blocks.block_vocab), multiplied),
-                pl.BlockSpec((rows, blocks.block_vocab), lambda v, d, _: (d, made(v))),
-                pl.BlockSpec((None, rows, LANES), lambda v, d, _: (made(v), d, 0)),
-                *[by_rows] * 4,
-                multiplied_if(_IS_FIRST, 0),
-                *[in_hbm] * has_rounded,
+                pl.BlockSpec((hidden_dim, tokens), lambda *_: (0, 0), pipeline_mode=pl.Buffered(1)),
+                of_head,
+                pl.BlockSpec((blocks.block_vocab, tokens), lambda *at: (made(*at), 0)),
+                pl.BlockSpec((None, 1, tokens), lambda *at: (made(*at), 0, 0)),
+                *[by_token] * len(rows),
+                *[multiplied_if(_IS_FIRST, 0)] * (1 + has_low),
             ],
-            out_specs=[
-                in_hbm,
-                # The last block's sums are read by nobody but the rounding.
-                multiplied_if(_IS_LAST, 0) if has_rounded else pl.BlockSpec((chunk, blocks.block_vocab), multiplied),
-                *[multiplied_if(_IS_LAST, 1)] * has_rounded,
-            ],
+            out_specs=[pl.BlockSpec(memory_space=pl.ANY), of_head, *[multiplied_if(_IS_LAST, 0)] * has_low],
             scratch_shapes=[
-                pltpu.VMEM((chunks, tokens, chunk), jnp.float32),
-                *[pltpu.VMEM((tokens, blocks.block_vocab), hidden.dtype)] * 2,
+                pltpu.VMEM((hidden_dim, tokens), jnp.float32),
+                pltpu.VMEM((2, blocks.block_vocab, tokens), hidden_t.dtype),
             ],
         ),
         out_shape=[
-            shape_of(hidden.shape, jnp.float32),
-            shape_of(lm_head.shape, jnp.float32),
-            *[shape_of(lm_head.shape, lm_head.dtype)] * has_rounded,
+            shape_of((blocks.cores, hidden_dim, tokens), jnp.float32),
+            *(shape_of(x.shape, x.dtype) for x in (sums.high, sums.low) if x is not None),
         ],
-        input_output_aliases={9: 1} | ({10: 2} if has_rounded else {}),
+        input_output_aliases={9: 1} | ({10: 2} if has_low else {}),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=blocks.vmem_limit
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=blocks.vmem_limit
         ),
         cost_estimate=pl.CostEstimate(
-            flops=4 * tokens * hidden_dim * width,
-            transcendentals=tiles * tokens * LANES,
-            bytes_accessed=lm_head.size * (8 + lm_head.dtype.itemsize) + tokens * width * hidden.dtype.itemsize,
+            flops=4 * tokens * hidden_dim * vocab_size,
+            transcendentals=tiles * tokens,
+            bytes_accessed=lm_head.size * (8 + lm_head.dtype.itemsize) + exps.size * exps.dtype.itemsize,
         ),
         interpret=interpret,
         name="cross_entropy_gradients",
-    )(flags, hidden.T, lm_head, *logits[:3], labels, push, pull, *(x for x in sums[:2] if x is not None))
-    dhidden, total, *rounded = outputs
-    return dhidden, HeadSums(total, rounded[0] if rounded else None, sums.block + 1)
+    )(flags, hidden_t, lm_head, exps, references, *rows, *(x for x in sums[:2] if x is not None))
+    dhidden, high, *low = outputs
+    return dhidden, HeadSums(high, low[0] if low else None, sums.block + 1)
 
 
 class _Made(NamedTuple):
-    """What a step makes dlogits from: exps [rows, block_vocab]; the others [rows, 128]."""
+    """What a tile's dlogits are made from: exps [block_vocab, block_tokens]; the others [1, block_tokens]."""
 
     exps: Any
     reference: Any
-    lse: Any
-    labels: Any
-    push: Any
-    pull: Any
+    rows: Rows
 
 
 class _Multiplied(NamedTuple):
-    """hidden_t [hidden_dim, tokens]; lm_head, before, dlm_head [chunk, block_vocab]; dhidden [chunks, tokens, chunk],
-    float32. outputs: where dlm_head goes."""
+    """hidden_t [hidden_dim, block_tokens]; lm_head, and the parts of dlm_head's sums before and after, [hidden_dim,
+    block_vocab]; dhidden [hidden_dim, block_tokens] float32."""
 
     hidden_t: Any
     lm_head: Any
     before: Any
-    outputs: Any
+    after: Any
     dhidden: Any
 
 
 def _kernel(
-    flags_ref, hidden_t_ref, lm_head_ref, *refs, logit_soft_cap: float | None, blocks: TpuBlocks, has_rounded: bool
+    flags_ref,
+    hidden_t_ref,
+    lm_head_ref,
+    *refs,
+    vocab_size: int,
+    logit_soft_cap: float | None,
+    blocks: TpuBlocks,
+    parts: int,
 ):
-    """Grid (tile, chunk): dlogits of `tile` are made, rows of `chunk`, and those of the tile before multiplied, for
-    columns of dhidden and rows of dlm_head of `chunk`. The sums of dhidden carry across tiles."""
-    source, before_ref, refs = _Made(*refs[:6]), refs[6], refs[7:]
-    if has_rounded:
-        refs = refs[1:]  # its memory is that of an output
-    dhidden_hbm, *outputs = refs[: 2 + has_rounded]
-    dhidden_ref, *dlogits = refs[2 + has_rounded :]
-    products = _Multiplied(hidden_t_ref, lm_head_ref, before_ref, outputs, dhidden_ref)
-    tile, chunk = pl.program_id(0), pl.program_id(1)
+    """Grid (core, step): dlogits of one tile of the core's share of the vocabulary are made, and those of the tile
+    before multiplied. The sums of dhidden carry across steps, and dlogits to the next one."""
+    source, refs = _Made(refs[0], refs[1], Rows(*refs[2:6])), refs[6:]
+    before, dhidden_hbm, after = refs[:parts], refs[parts], refs[parts + 1 : -2]
+    dhidden_ref, dlogits_ref = refs[-2:]
+    products = _Multiplied(hidden_t_ref, lm_head_ref, before, after, dhidden_ref)
+    core, step, per_core = pl.program_id(0), pl.program_id(1), pl.num_programs(1) - 1
+    tile, tiles = core * per_core + step, blocks.tiles(vocab_size)
+    here, there = dlogits_ref.at[lax.rem(step, 2)], dlogits_ref.at[lax.rem(step + 1, 2)]
+    make = partial(_make_piece, source, here, tile * blocks.block_vocab, logit_soft_cap)
+    multiplies = _products(products, there, blocks.product_rows, flags_ref[_IS_FIRST] != 0)
 
-    def makes(target):
-        first = tile * blocks.block_vocab
-        return [partial(_make_piece, source, target, first, chunk, n, logit_soft_cap) for n in range(_PIECES)]
-
-    @pl.when(tile == 0)
+    @pl.when(step == 0)
     def start():
-        dhidden_ref[chunk] = jnp.zeros_like(dhidden_ref[chunk])
-        for make in makes(dlogits[0]):
-            make()
+        dhidden_ref[...] = jnp.zeros_like(dhidden_ref)
+        lax.fori_loop(0, blocks.block_tokens // LANES, lambda i, _: make(piece=_piece(i, LANES)), None)
 
-    for parity in (0, 1):
+    if vocab_size % blocks.block_vocab:
 
-        @pl.when((tile > 0) & (tile % 2 == parity))
-        def multiply_and_make(parity=parity):  # past the last tile what is made is not used
-            # In this order, for the compiler does not move stores of one buffer across loads of the other.
-            pieces = _products(products, dlogits[1 - parity], chunk, flags_ref[_IS_FIRST] != 0)
-            pending = makes(dlogits[parity])
-            for n, multiply in enumerate(pieces):
-                multiply()
-                for make in pending[n * _PIECES // len(pieces) : (n + 1) * _PIECES // len(pieces)]:
-                    make()
+        @pl.when((step > 0) & (tile == tiles))
+        def clear_what_is_no_vocabulary():  # undefined, and 0 * NaN is NaN
+            column = lax.broadcasted_iota(jnp.int32, (1, blocks.block_vocab), 1)
+            is_vocabulary = column < vocab_size % blocks.block_vocab
+            lm_head_ref[...] = jnp.where(is_vocabulary, lm_head_ref[...], 0)
 
-    @pl.when((tile == pl.num_programs(0) - 1) & (chunk == pl.num_programs(1) - 1))
+    @pl.when((step > 0) & (tile <= tiles))
+    def multiply_and_make():  # past the last tile what is made is not used
+        # In this order, for the compiler does not move stores of one buffer across loads of the other. Not as a loop:
+        # what one product waits for at its end, the next one fills.
+        pieces = blocks.block_tokens // LANES
+        for n, multiply in enumerate(multiplies):
+            multiply()
+            for i in range(n * pieces // len(multiplies), (n + 1) * pieces // len(multiplies)):
+                make(_piece(i, LANES))
+
+    @pl.when(step == per_core)
     def finish():
-        width = dhidden_ref.shape[2]
-        for n in range(dhidden_ref.shape[0]):
-            pltpu.sync_copy(dhidden_ref.at[n], dhidden_hbm.at[:, pl.ds(n * width, width)])
+        pltpu.sync_copy(dhidden_ref, dhidden_hbm.at[core])
 
 
-def _make_piece(source: _Made, dlogits_ref, first_column, chunk, piece: int, logit_soft_cap: float | None) -> None:
-    """Rows `piece` of the chunk's dlogits."""
-    chunk_rows, width = source.exps.shape
-    count = -(-chunk_rows // _PIECES // 16) * 16  # whole tiles of bfloat16; the last pieces may be empty
-    start = min(piece * count, chunk_rows)
-    count = min(count, chunk_rows - start)
-    if count == 0:
-        return
-    rows = pl.ds(start, count)
-    target_rows = pl.ds(pl.multiple_of(chunk * chunk_rows + start, 16), count)
-    reference, pull = source.reference[rows, :], source.pull[rows, :]
-    factor = jnp.exp(reference - source.lse[rows, :]) * source.push[rows, :]
-    label = source.labels[rows, :] - first_column
-    lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-    for k in range(0, width, LANES):
-        exps = source.exps[rows, k : k + LANES].astype(jnp.float32)
-        dlogits = exps * factor - jnp.where(label == lane + k, pull, 0.0)
-        if logit_soft_cap is not None:
-            # An exponential that is 0 has lost its logit, but not how far down a logit can be.
-            logits = jnp.maximum(reference + jnp.log(exps), -logit_soft_cap)
-            dlogits *= 1 - (logits * (1 / logit_soft_cap)) ** 2
-        dlogits_ref[target_rows, k : k + LANES] = dlogits.astype(dlogits_ref.dtype)
+def _make_piece(source: _Made, dlogits_ref, first, logit_soft_cap: float | None, piece) -> None:
+    """Tokens `piece` of a tile's dlogits; `first` is its first column."""
+    labels, lse, push, at_label = (row[:, piece] for row in source.rows)
+    reference = source.reference[:, piece]
+    exps = source.exps[:, piece].astype(jnp.float32)
+    dlogits = exps * (jnp.exp(reference - lse) * push)
+    if logit_soft_cap is not None:
+        # An exponential that is 0 has lost its logit, but not how far down a logit can be.
+        logits = jnp.maximum(reference + jnp.log(exps), -logit_soft_cap)
+        dlogits *= 1 - (logits * (1 / logit_soft_cap)) ** 2
+    row = lax.broadcasted_iota(jnp.int32, (exps.shape[0], 1), 0)
+    dlogits_ref[:, piece] = jnp.where(row == labels - first, at_label, dlogits).astype(dlogits_ref.dtype)
 
 
-def _products(refs: _Multiplied, dlogits_ref, chunk, is_first):
-    """The pieces of both products, to be called one after the other."""
-    (_, tokens, width), chunk_start = refs.dhidden.shape, chunk * refs.lm_head.shape[0]
+def _products(refs: _Multiplied, dlogits_ref, length: int, is_first):
+    """The pieces of both products, `length` of hidden_dim each, to be called one after the other."""
 
     def add_dhidden(rows):
-        refs.dhidden[chunk, rows, :] += matmul(dlogits_ref[rows, :], refs.lm_head[...], (1, 1))
+        refs.dhidden[rows, :] += matmul(refs.lm_head[rows, :], dlogits_ref[...], (1, 0))
 
-    def add_dlm_head(start, count):
-        rows = pl.ds(start, count)
-        hidden_t = refs.hidden_t[pl.ds(pl.multiple_of(chunk_start + start, 8), count), :]
-        before = jnp.where(is_first, 0.0, refs.before[rows, :])
-        total = before + matmul(hidden_t, dlogits_ref[...], (1, 0))
-        for ref in refs.outputs:
-            ref[rows, :] = total.astype(ref.dtype)
+    def add_dlm_head(rows):
+        before = sum(part[rows, :].astype(jnp.float32) for part in refs.before)
+        rest = jnp.where(is_first, 0.0, before) + matmul(refs.hidden_t[rows, :], dlogits_ref[...], (1, 1))
+        for part in refs.after:
+            rounded = rest.astype(part.dtype)
+            part[rows, :] = rounded
+            rest -= rounded.astype(jnp.float32)
 
-    of_dhidden = [partial(add_dhidden, pl.ds(*piece)) for piece in _cut(tokens)]
-    return [*of_dhidden, *[partial(add_dlm_head, *piece) for piece in _cut(width)]]
+    pieces = [_piece(i, length) for i in range(refs.lm_head.shape[0] // length)]
+    return [partial(add, piece) for add in (add_dhidden, add_dlm_head) for piece in pieces]
 
 
-def _cut(extent: int) -> list[tuple[int, int]]:
-    """(start, length) of rows for each product."""
-    length = _PRODUCT_ROWS if extent % _PRODUCT_ROWS == 0 else extent
-    return [(start, length) for start in range(0, extent, length)]
+def _piece(i, length: int):
+    start = i * length
+    return pl.ds(start if isinstance(i, int) else pl.multiple_of(start, length), length)

@@ -1,65 +1,71 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the TPU kernels cut the loss, and what VMEM that takes."""
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from grug_kernels.chips import MIB
 from grug_kernels.dispatch import UnsupportedError
-from grug_kernels.tpu import LANES, itemised, lanes
+from grug_kernels.tpu import LANES, cores_of, itemised, lanes, vmem_of
 
-_TOKENS = 2048  # each adds up dlm_head once, 8 bytes a weight: from here on two matmuls take longer than that on v6e
-_VOCAB = 768
-_CHUNKS = 4
-_ROWS = 1024
-_SHARE = 0.9  # of VMEM; the rest is the compiler's
+# Each block of tokens adds to dlm_head once, 8 bytes a weight through HBM: so many tokens that two matmuls outlast it.
+# 2026-11-21, predicted, ms at 16384 x 4096 x 128256 with 512 / 1024 tokens: v5p 119.4 / 117.2. At 8192 x 2048 x 128256
+# with 1024 / 2048: v5p 29.5 / 29.6, TPU7x 13.4 / 13.3, and half the logits to hold.
+_TOKENS = {"v4": 1024, "v5e": 1024, "v5p": 1024, "v6e": 2048, "tpu7x": 1024}
+# Whole matrix units, of 128 or 256 rows: 384 at 16384 x 4096 x 128256 takes 62.4 ms on a TPU7x, where 256 takes 54.6.
+_VOCAB = (768, 512, 256, 128)
+_ENOUGH_VOCAB = 256  # narrower tiles are worse than fewer tokens: each adds to all of dhidden once
+_PIECE_TOKENS = 512
+_PRODUCT_ROWS = (1024, 768, 512, 256, 128)
+_SHARE = 0.97  # of VMEM; the rest is the compiler's
 
 
 @dataclass(frozen=True)
 class TpuBlocks:
     """block_tokens: tokens of one call of each kernel. block_vocab: columns of one grid step.
 
-    hidden_chunks: parts of hidden_dim, and of the block's tokens, that the gradients take turns with.
-    rows: tokens whose logits go through the softmax together.
-    vmem_limit: bytes of VMEM that the compiler may use.
+    piece_tokens: of the logits' kernel, whose softmax runs beside the next piece's matmul.
+    product_rows: of hidden_dim, in one product of the gradients' kernel.
+    cores: that share the vocabulary. vmem_limit: bytes that the compiler may use.
     """
 
     block_tokens: int
     block_vocab: int
-    hidden_chunks: int
-    rows: int
+    piece_tokens: int
+    product_rows: int
+    cores: int
     vmem_limit: int
 
-    def vocab_blocks(self, vocab_size: int) -> int:
+    def tiles(self, vocab_size: int) -> int:
         return -(-vocab_size // self.block_vocab)
+
+    def tiles_per_core(self, vocab_size: int) -> int:
+        return -(-self.tiles(vocab_size) // self.cores)
 
 
 def logits_vmem_terms(blocks: TpuBlocks, hidden_dim: int, itemsize: int) -> dict[str, int]:
     """Bytes of one grid step of the first kernel by use."""
     tokens, vocab = blocks.block_tokens, blocks.block_vocab
-    by_lane = tokens * LANES * 4
     return {
-        "hidden": tokens * lanes(hidden_dim) * itemsize,
-        "lm_head": 2 * hidden_dim * vocab * itemsize,
-        "exponentials": 2 * tokens * vocab * itemsize,
-        # Windows: labels, references, and two or three results. Scratch: largest, sum, label's logit, column.
-        "statistics": (2 * 5 + 4) * by_lane,
-        "logits": 2 * blocks.rows * vocab * 4,
+        "hidden": hidden_dim * tokens * itemsize,
+        "lm_head": 3 * hidden_dim * vocab * itemsize,  # two windows, and one transposed
+        "exponentials": 2 * vocab * tokens * itemsize,
+        "logits": 2 * vocab * blocks.piece_tokens * 4,
     }
 
 
 def gradients_vmem_terms(blocks: TpuBlocks, hidden_dim: int, itemsize: int) -> dict[str, int]:
     """Bytes of one grid step of the second kernel by use."""
     tokens, vocab = blocks.block_tokens, blocks.block_vocab
-    chunk = hidden_dim // blocks.hidden_chunks
-    rows = tokens // blocks.hidden_chunks
     return {
-        "hidden, transposed": hidden_dim * lanes(tokens) * itemsize,
-        "sum of dhidden": blocks.hidden_chunks * tokens * lanes(chunk) * 4,
-        "dlogits": 2 * tokens * vocab * itemsize,
-        "lm_head": 2 * chunk * vocab * itemsize,
-        "dlm_head": 2 * chunk * vocab * (2 * 4 + itemsize),  # sums in and out, and rounded
-        "exponentials": 2 * rows * vocab * itemsize,
-        "statistics": 2 * 5 * rows * LANES * 4,
+        "hidden": hidden_dim * tokens * itemsize,
+        "sum of dhidden": hidden_dim * tokens * 4,
+        "dlogits": 2 * vocab * tokens * itemsize,
+        "exponentials": 2 * vocab * tokens * itemsize,
+        "lm_head": 2 * hidden_dim * vocab * itemsize,
+        "dlm_head": 2 * 2 * hidden_dim * vocab * 4,  # sums before and after: float32, or two parts
+        "products": blocks.product_rows * (vocab + tokens // 4) * 4,
     }
 
 
@@ -70,43 +76,53 @@ def vmem_bytes(blocks: TpuBlocks, hidden_dim: int, itemsize: int) -> int:
 
 
 def tpu_blocks(
-    tokens: int, hidden_dim: int, vocab_size: int, itemsize: int, vmem: int, block_tokens: int | None = None
+    tokens: int,
+    hidden_dim: int,
+    vocab_size: int,
+    itemsize: int,
+    chip: str,
+    block_tokens: int | None = None,
 ) -> TpuBlocks:
-    """The largest blocks that fit into `vmem` bytes. block_tokens: as asked for, filled up to whole tiles.
+    """The largest blocks that fit into the VMEM of `chip`, of `chips.TPUS`. block_tokens: as asked for, filled up to
+    whole rows of lanes.
 
     Raises:
       UnsupportedError: they do not fit, however few tokens are in a block.
     """
-    asked = block_tokens is not None
-    block_tokens = _whole(min(block_tokens or _TOKENS, tokens))
-    while True:
-        blocks = _cut(block_tokens, hidden_dim, vocab_size, int(_SHARE * vmem))
-        taken = vmem_bytes(blocks, hidden_dim, itemsize)
-        if taken <= blocks.vmem_limit:
-            return blocks
-        if asked or block_tokens <= LANES:
-            break
-        block_tokens = _whole(block_tokens // 2)
+    candidates = list(_candidates(tokens, hidden_dim, vocab_size, chip, block_tokens))
+    limit = candidates[0].vmem_limit
+    fitting = (blocks for blocks in candidates if vmem_bytes(blocks, hidden_dim, itemsize) <= limit)
+    if (blocks := next(fitting, None)) is not None:
+        return blocks
+    smallest = candidates[-1]
+    taken = vmem_bytes(smallest, hidden_dim, itemsize)
     terms = max(
-        (logits_vmem_terms, gradients_vmem_terms), key=lambda of: sum(of(blocks, hidden_dim, itemsize).values())
+        (logits_vmem_terms(smallest, hidden_dim, itemsize), gradients_vmem_terms(smallest, hidden_dim, itemsize)),
+        key=lambda terms: sum(terms.values()),
     )
     raise UnsupportedError(
-        f"cross_entropy: 'pallas_tpu' with {block_tokens} tokens of hidden_dim={hidden_dim} takes"
-        f" {taken / MIB:.1f} MiB of VMEM ({itemised(terms(blocks, hidden_dim, itemsize))}), and"
-        f" there are {blocks.vmem_limit / MIB:.1f} MiB for it. Use a smaller block_tokens, or implementation='xla'."
+        f"cross_entropy: 'pallas_tpu' with {smallest.block_tokens} tokens of hidden_dim={hidden_dim} takes"
+        f" {taken / MIB:.1f} MiB of VMEM ({itemised(terms)}), and there are {limit / MIB:.1f} MiB for it."
+        " Use a smaller block_tokens, or implementation='xla'."
     )
 
 
-def _cut(block_tokens: int, hidden_dim: int, vocab_size: int, vmem_limit: int) -> TpuBlocks:
-    def is_whole(chunks: int) -> bool:
-        return hidden_dim % (chunks * LANES) == 0 and block_tokens % (chunks * LANES) == 0
+def _candidates(tokens: int, hidden_dim: int, vocab_size: int, chip: str, asked: int | None) -> Iterator[TpuBlocks]:
+    """In order of preference: tokens and columns as many as may be, but rather fewer tokens than narrow tiles."""
+    counts = [lanes(min(asked or _TOKENS[chip], tokens))]
+    while asked is None and counts[-1] > LANES:
+        counts.append(lanes(counts[-1] // 2))
+    widths = sorted({min(vocab, lanes(vocab_size)) for vocab in _VOCAB}, reverse=True)
+    wide = [width for width in widths if width >= _ENOUGH_VOCAB]
+    cores, limit = cores_of(chip), int(_SHARE * vmem_of(chip))
+    for group in (wide, widths[len(wide) :]):
+        for count, width, rows in itertools.product(counts, group, _rows(hidden_dim)):
+            yield TpuBlocks(count, width, _piece(count), rows, cores, limit)
 
-    chunks = next((n for n in (_CHUNKS, _CHUNKS // 2) if is_whole(n)), 1)
-    rows = _ROWS if block_tokens % _ROWS == 0 else block_tokens
-    return TpuBlocks(block_tokens, min(_VOCAB, lanes(vocab_size)), chunks, rows, vmem_limit)
+
+def _piece(tokens: int) -> int:
+    return _PIECE_TOKENS if tokens % _PIECE_TOKENS == 0 else tokens
 
 
-def _whole(tokens: int) -> int:
-    """Filled up to whole tiles of bfloat16; blocks of more than a tile to whole rows of lanes."""
-    unit = 16 if tokens < LANES else LANES
-    return -(-tokens // unit) * unit
+def _rows(hidden_dim: int) -> list[int]:
+    return [rows for rows in _PRODUCT_ROWS if hidden_dim % rows == 0] or [hidden_dim]

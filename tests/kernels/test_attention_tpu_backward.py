@@ -27,9 +27,9 @@ from grug_kernels.attention.tpu_backward_blocks import (
     vmem_bytes,
 )
 from grug_kernels.attention.tpu_plan import BackwardPlan, backward_plan, tiles_of
-from grug_kernels.attention.tpu_vmem import cores_of
 from grug_kernels.chips import TPUS
 from grug_kernels.dispatch import UnsupportedError
+from grug_kernels.tpu import cores_of
 from tests.kernels.test_attention import Case, compiled, oracle, random_mask, rms
 from tests.kernels.test_attention_mask import dense_mask, masks
 

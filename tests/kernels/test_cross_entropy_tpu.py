@@ -41,7 +41,7 @@ def interpreting(interpret=True, block_vocab=128):
     with (
         mock.patch.dict(api.WEIGHTED_LOSSES, {"pallas_tpu": weighted}),
         mock.patch.dict(api.TOKEN_LOSSES, {"pallas_tpu": by_token}),
-        mock.patch.object(tpu_blocks, "_VOCAB", block_vocab),
+        mock.patch.object(tpu_blocks, "_VOCAB", (block_vocab,)),
     ):
         yield
 
@@ -80,9 +80,9 @@ def test_as_good_as_plain_jnp(shape, dtype, options):
     assert_as_good_as_plain(inputs, **options)
 
 
-def test_chunks_of_hidden_dim_take_turns():
-    inputs = random_inputs(tokens=300, hidden_dim=512, vocab_size=300, dtype=jnp.bfloat16)
-    assert tpu_blocks.tpu_blocks(300, 512, 300, 2, 2**27, 256).hidden_chunks == 2
+def test_products_in_pieces(monkeypatch):
+    monkeypatch.setattr(tpu_blocks, "_PRODUCT_ROWS", (32,))
+    inputs = random_inputs(tokens=300, hidden_dim=160, vocab_size=300, dtype=jnp.bfloat16)
     assert_as_good_as_plain(inputs, blocks=BlockSizes(256), z_loss_weight=1e-3)
 
 
@@ -247,9 +247,10 @@ def test_named_where_there_is_no_tpu_it_says_so():
 
 def test_blocks_that_do_not_fit_are_refused_with_what_they_take():
     with pytest.raises(UnsupportedError, match=r"8192 tokens of hidden_dim=4096 takes .* MiB of VMEM \(sum of dhidden"):
-        tpu_blocks.tpu_blocks(16384, 4096, 128_256, 2, 2**27, 8192)
-    fitting = tpu_blocks.tpu_blocks(16384, 4096, 128_256, 2, 2**26)  # of VMEM half as large
-    assert fitting.block_tokens < tpu_blocks.tpu_blocks(16384, 4096, 128_256, 2, 2**27).block_tokens == 2048
+        tpu_blocks.tpu_blocks(16384, 4096, 128_256, 2, "v6e", 8192)
+    one, other = (tpu_blocks.tpu_blocks(16384, hidden_dim, 128_256, 2, "v6e") for hidden_dim in (4096, 8192))
+    assert (one.block_tokens, one.block_vocab) == (2048, 768)
+    assert other.block_tokens * other.block_vocab < one.block_tokens * one.block_vocab
 
 
 def test_a_tpu_has_its_kernels_if_they_are_named():
