@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss on a TPU by two Pallas kernels for each block of tokens: `pallas_tpu_logits`, `pallas_tpu_gradients`.
 
-As in `xla.py`: everything works on one device's shards, and gradients are made in the forward pass. The vocabulary is
-filled up to whole tiles, which costs a copy of lm_head where it is not.
+As in `xla.py`: everything works on one device's shards, and gradients are made in the forward pass. The kernels know
+only the columns of their device; where the vocabulary is split, what they tell of a token is put together between them,
+and dhidden after them. The columns are filled up to whole tiles, which costs a copy of lm_head where they are not.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 
 from grug_kernels.cross_entropy.pallas_tpu_gradients import HeadSums, gradients_of_block
 from grug_kernels.cross_entropy.pallas_tpu_logits import Logits, logits_of_block
@@ -26,7 +28,7 @@ _V6E_VMEM = 128 * 2**20  # what an interpreted kernel is cut for
 
 @dataclass(frozen=True)
 class _Static:
-    """vocab_size: before it is filled up. num_blocks: of tokens. interpret: run on a CPU, for tests; as
+    """vocab_size: on this device, before it is filled up. num_blocks: of tokens. interpret: run on a CPU, for tests; as
     `pl.pallas_call` takes it."""
 
     settings: LossSettings
@@ -43,7 +45,7 @@ def weighted_losses(hidden, lm_head, labels, weight, settings: LossSettings, *, 
     inputs' type, and a sixth of a float32.
 
     Raises:
-      UnsupportedError: no TPU to trace for, a sharded vocabulary, or a hidden_dim too wide for VMEM.
+      UnsupportedError: no TPU to trace for, several devices on automatic mesh axes, or a hidden_dim too wide for VMEM.
     """
     return _weighted_losses(_static(hidden, lm_head, settings, interpret), hidden, lm_head, labels, weight)
 
@@ -57,10 +59,11 @@ def token_losses(hidden, lm_head, labels, settings: LossSettings, *, interpret: 
 
 
 def _static(hidden, lm_head, settings: LossSettings, interpret: Any) -> _Static:
-    if settings.shards.vocab_axes:
+    mesh = jax.typeof(hidden).sharding.mesh
+    if AxisType.Auto in mesh.axis_types and mesh.size > 1:
         raise UnsupportedError(
-            f"cross_entropy: 'pallas_tpu' takes the whole vocabulary, not one split over {settings.shards.vocab_axes};"
-            " use 'xla'."
+            f"cross_entropy: 'pallas_tpu' cannot be split by XLA, which axes of {mesh} ask for. Make them explicit"
+            " (AxisType.Explicit), or use 'xla'."
         )
     (tokens, hidden_dim), vocab_size = hidden.shape, lm_head.shape[1]
     block_tokens = None if settings.block_sizes is None else settings.block_sizes.block_tokens
@@ -91,7 +94,7 @@ def _forward_with_gradients(static: _Static, hidden, lm_head, labels, weight):
     def block(carry, xs):
         hidden, labels, weight = xs
         logits = _logits(static, hidden, whole_head, labels, keep=True)
-        push = weight * (1 + 2 * settings.z_loss_weight * logits.lse[:, 0])
+        push = weight * (1 + 2 * settings.z_loss_weight * logits.lse)
         dhidden, carry = _add_gradients(static, hidden, whole_head, labels, push, weight, logits, carry)
         return carry, (dhidden.astype(hidden.dtype), _losses_of(logits, settings))
 
@@ -120,8 +123,7 @@ def _token_losses(static: _Static, hidden, lm_head, labels):
 
     def block(_, xs):
         logits = _logits(static, xs[0], whole_head, xs[1], keep=False, with_argmax=True)
-        lse, label_logit, argmax = (x[:, 0] for x in logits[2:])
-        return None, (lse - label_logit, lse, argmax)
+        return None, (logits.lse - logits.label_logit, logits.lse, logits.argmax)
 
     return scan_blocks(block, None, (hidden, labels), static.blocks.block_tokens)[1]
 
@@ -150,10 +152,11 @@ _token_losses.defvjp(_token_losses_forward, _token_losses_backward)
 
 
 def _logits(static: _Static, hidden, lm_head, labels, *, keep: bool, with_argmax: bool = False) -> Logits:
-    return logits_of_block(
-        hidden,
+    """lse, label_logit and argmax are of the whole vocabulary, [tokens]; the rest is of this device's columns."""
+    logits = logits_of_block(
+        _varying(static, hidden),
         lm_head,
-        _in_lanes(labels.astype(jnp.int32)),
+        _in_lanes(_labels_here(static, labels)),
         vocab_size=static.vocab_size,
         logit_soft_cap=static.settings.logit_soft_cap,
         blocks=static.blocks,
@@ -161,23 +164,54 @@ def _logits(static: _Static, hidden, lm_head, labels, *, keep: bool, with_argmax
         with_argmax=with_argmax,
         interpret=static.interpret,
     )
+    by_token = Logits(*logits[:2], *(None if x is None else x[:, 0] for x in logits[2:]))
+    return _of_all_shards(static, by_token) if static.settings.shards.vocab_axes else by_token
+
+
+def _of_all_shards(static: _Static, here: Logits) -> Logits:
+    """`here`, with what is known of a token put together over the vocabulary's shards."""
+    axes = static.settings.shards.vocab_axes
+    largest_lse = lax.pmax(here.lse, axes)
+    total, label_logit = lax.psum((jnp.exp(here.lse - largest_lse), here.label_logit), axes)
+    argmax = here.argmax
+    if argmax is not None:
+        is_winner = here.largest == lax.pmax(here.largest, axes)
+        column = jnp.where(is_winner, argmax + _first_column(static), jnp.iinfo(jnp.int32).max)
+        argmax = lax.pmin(column, axes)  # the first of equals
+    return here._replace(lse=largest_lse + jnp.log(total), label_logit=label_logit, argmax=argmax)
 
 
 def _add_gradients(static: _Static, hidden, lm_head, labels, push, pull, logits: Logits, sums: HeadSums):
-    """-> dhidden float32, and `sums` with this block in them."""
-    return gradients_of_block(
-        hidden,
+    """-> dhidden of the whole vocabulary, float32, and `sums` with this block in them."""
+    dhidden, sums = gradients_of_block(
+        _varying(static, hidden),
         lm_head,
-        _in_lanes(labels.astype(jnp.int32)),
+        _in_lanes(_labels_here(static, labels)),
         _in_lanes(push),
         _in_lanes(pull),
-        logits,
+        logits._replace(lse=_in_lanes(logits.lse)),
         sums,
         num_blocks=static.num_blocks,
         logit_soft_cap=static.settings.logit_soft_cap,
         blocks=static.blocks,
         interpret=static.interpret,
     )
+    return lax.psum(dhidden, static.settings.shards.vocab_axes), sums
+
+
+def _labels_here(static: _Static, labels):
+    """Columns of this device; -1 where the label is in another shard, whose number may be that of a filling column."""
+    here = labels.astype(jnp.int32) - _first_column(static)
+    return jnp.where(here < static.vocab_size, here, -1)
+
+
+def _first_column(static: _Static):
+    return lax.axis_index(static.settings.shards.vocab_axes) * static.vocab_size
+
+
+def _varying(static: _Static, x):
+    """What is the same on all shards of the vocabulary, marked as what is not: the kernels' results are not."""
+    return lax.pcast(x, static.settings.shards.vocab_axes, to="varying")
 
 
 def _with_gradients(static: _Static, block, whole_head, per_token, dtype):
@@ -187,7 +221,8 @@ def _with_gradients(static: _Static, block, whole_head, per_token, dtype):
     """
     rounded = None if dtype == jnp.float32 else lax.empty(whole_head.shape, dtype)
     sums = HeadSums(lax.empty(whole_head.shape, jnp.float32), rounded, jnp.zeros((), jnp.int32))
-    sums = lax.pcast(sums, static.settings.shards.token_axes, to="varying")
+    shards = static.settings.shards
+    sums = lax.pcast(sums, (*shards.token_axes, *shards.vocab_axes), to="varying")
     sums, outputs = scan_blocks(block, sums, per_token, static.blocks.block_tokens)
     dlm_head = sums.total if sums.rounded is None else sums.rounded
     return dlm_head[:, : static.vocab_size], outputs
@@ -195,9 +230,9 @@ def _with_gradients(static: _Static, block, whole_head, per_token, dtype):
 
 def _losses_of(logits: Logits, settings: LossSettings):
     """Cross-entropy and z-loss of each token of a block."""
-    lse = logits.lse[:, 0]
+    lse = logits.lse
     z_loss = settings.z_loss_weight * lse**2 if settings.z_loss_weight else jnp.zeros_like(lse)
-    return lse - logits.label_logit[:, 0], z_loss
+    return lse - logits.label_logit, z_loss
 
 
 def _in_lanes(x):

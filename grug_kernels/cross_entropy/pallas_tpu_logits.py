@@ -30,13 +30,15 @@ _NO_COLUMN = -1e30
 
 class Logits(NamedTuple):
     """exps [tokens, padded vocabulary] in the inputs' type, references [tiles, tokens, 128] float32; None if not kept.
-    lse, label_logit [tokens, 128] float32, argmax [tokens, 128] int32 or None: the same in every lane."""
+    lse, label_logit [tokens, 128] float32; argmax [tokens, 128] int32 and largest, its logit, or None: the same in
+    every lane."""
 
     exps: Any
     references: Any
     lse: Any
     label_logit: Any
     argmax: Any
+    largest: Any
 
 
 def logits_of_block(
@@ -76,8 +78,8 @@ def logits_of_block(
             pl.BlockSpec((hidden_dim, blocks.block_vocab), lambda v: (0, v)),
             by_token,
         ],
-        out_specs=[*(kept_specs if keep else []), by_token, by_token, *([by_token] if with_argmax else [])],
-        out_shape=[*(kept_shapes if keep else []), result, result, *([column] if with_argmax else [])],
+        out_specs=[*(kept_specs if keep else []), by_token, by_token, *[by_token] * (2 * with_argmax)],
+        out_shape=[*(kept_shapes if keep else []), result, result, *([column, result] if with_argmax else [])],
         scratch_shapes=[statistic] * 3 + ([pltpu.VMEM((tokens, LANES), jnp.int32)] if with_argmax else []),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=blocks.vmem_limit),
         cost_estimate=pl.CostEstimate(
@@ -90,7 +92,7 @@ def logits_of_block(
     )(hidden, lm_head, labels)
     outputs = list(outputs)
     kept = [outputs.pop(0), outputs.pop(0)] if keep else [None, None]
-    return Logits(*kept, *outputs, *([] if with_argmax else [None]))
+    return Logits(*kept, *outputs, *([] if with_argmax else [None, None]))
 
 
 class _Scratch(NamedTuple):
@@ -107,7 +109,8 @@ def _kernel(hidden_ref, lm_head_ref, labels_ref, *refs, vocab_size, logit_soft_c
     """Grid (tile of the vocabulary). The scratch carries across it."""
     refs = list(refs)
     exps_ref, reference_ref = (refs.pop(0), refs.pop(0)) if keep else (None, None)
-    results, scratch = refs[: 2 + argmax], _Scratch(*refs[2 + argmax :], *([] if argmax else [None]))
+    num_results = 4 if argmax else 2
+    results, scratch = refs[:num_results], _Scratch(*refs[num_results:], *([] if argmax else [None]))
     tile = pl.program_id(0)
 
     @pl.when(tile == 0)
@@ -158,14 +161,15 @@ def _kernel(hidden_ref, lm_head_ref, labels_ref, *refs, vocab_size, logit_soft_c
         _reduce_lanes(scratch, *results)
 
 
-def _reduce_lanes(scratch: _Scratch, lse_ref, label_logit_ref, argmax_ref=None) -> None:
+def _reduce_lanes(scratch: _Scratch, lse_ref, label_logit_ref, argmax_ref=None, largest_ref=None) -> None:
     by_lane = scratch.largest[...]
     largest = by_lane.max(axis=1, keepdims=True)
     total = (scratch.total[...] * jnp.exp(by_lane - largest)).sum(axis=1, keepdims=True)
     lse_ref[...] = jnp.broadcast_to(largest + jnp.log(total), lse_ref.shape)
     label_logit = scratch.label_logit[...].sum(axis=1, keepdims=True)  # 0 in all lanes but the label's
     label_logit_ref[...] = jnp.broadcast_to(label_logit, label_logit_ref.shape)
-    if argmax_ref is not None:
+    if argmax_ref is not None and largest_ref is not None:
+        largest_ref[...] = jnp.broadcast_to(largest, largest_ref.shape)
         # Of equals the first. float32 is exact up to 16 million columns, and Mosaic has no minimum of integers here.
         column = jnp.where(by_lane == largest, scratch.column[...].astype(jnp.float32), jnp.inf)
         first = column.min(axis=1, keepdims=True)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an implementation must know beside the arrays: the loss's constants, and how the mesh splits the arrays."""
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 from jax import lax
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from grug_kernels.cross_entropy.block_sizes import BlockSizes
@@ -57,9 +57,10 @@ class Shards:
 
     def map(self, local: Callable[..., Any], out_specs: Any, *arrays: jax.Array) -> Any:
         """`local(*arrays)` on each device's shards of arrays that `place` returned."""
-        layout = self._layout(len(arrays) - 2)
-        if not any(itertools.chain(*layout)):
+        # Also where nothing is split: several devices run a Pallas kernel on copies only when told that they may.
+        if AxisType.Explicit not in jax.typeof(arrays[0]).sharding.mesh.axis_types:
             return local(*arrays)
+        layout = self._layout(len(arrays) - 2)
         return jax.shard_map(local, in_specs=tuple(map(_spec, layout)), out_specs=out_specs)(*arrays)
 
     def gathered(self, lm_head: jax.Array) -> jax.Array:

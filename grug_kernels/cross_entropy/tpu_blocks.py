@@ -41,7 +41,7 @@ def logits_vmem_terms(blocks: TpuBlocks, hidden_dim: int, itemsize: int) -> dict
         "hidden": tokens * lanes(hidden_dim) * itemsize,
         "lm_head": 2 * hidden_dim * vocab * itemsize,
         "exponentials": 2 * tokens * vocab * itemsize,
-        # Windows: labels, references, and two or three results. Scratch: largest, sum, label's logit, column.
+        # Windows: labels, references and two results, or labels and four. Scratch: largest, sum, label's logit, column.
         "statistics": (2 * 5 + 4) * by_lane,
         "logits": 2 * blocks.rows * vocab * 4,
     }
