@@ -21,6 +21,7 @@ from grug_kernels.cross_entropy.settings import LossSettings
 from grug_kernels.cross_entropy.tpu_blocks import TpuBlocks, tpu_blocks
 from grug_kernels.cross_entropy.xla import scan_blocks, weighted_sums
 from grug_kernels.dispatch import UnsupportedError
+from grug_kernels.sharding import mesh_of
 from grug_kernels.tpu import LANES, tpu_info
 
 _V6E_VMEM = 128 * 2**20  # what an interpreted kernel is cut for
@@ -59,7 +60,7 @@ def token_losses(hidden, lm_head, labels, settings: LossSettings, *, interpret: 
 
 
 def _static(hidden, lm_head, settings: LossSettings, interpret: Any) -> _Static:
-    mesh = jax.typeof(hidden).sharding.mesh
+    mesh = mesh_of(hidden)
     if AxisType.Auto in mesh.axis_types and mesh.size > 1:
         raise UnsupportedError(
             f"cross_entropy: 'pallas_tpu' cannot be split by XLA, which axes of {mesh} ask for. Make them explicit"

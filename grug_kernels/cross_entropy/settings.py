@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from grug_kernels.cross_entropy.block_sizes import BlockSizes
-from grug_kernels.sharding import Axes, sharded_axes
+from grug_kernels.sharding import Axes, mesh_of, sharded_axes
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Shards:
     def map(self, local: Callable[..., Any], out_specs: Any, *arrays: jax.Array) -> Any:
         """`local(*arrays)` on each device's shards of arrays that `place` returned."""
         # Also where nothing is split: several devices run a Pallas kernel on copies only when told that they may.
-        if AxisType.Explicit not in jax.typeof(arrays[0]).sharding.mesh.axis_types:
+        if AxisType.Explicit not in mesh_of(arrays[0]).axis_types:
             return local(*arrays)
         layout = self._layout(len(arrays) - 2)
         return jax.shard_map(local, in_specs=tuple(map(_spec, layout)), out_specs=out_specs)(*arrays)
