@@ -232,17 +232,20 @@ def test_blocks_that_do_not_fit_are_refused_with_what_they_take():
 
 
 @pytest.mark.parametrize(
-    ("hidden_spec", "lm_head_spec"),
-    [(P("data", None), P("data", "model")), (P(None, None), P(None, None))],
-    ids=["split", "copies on all devices"],
+    "specs",
+    [(P("data", None), P("data", "model")), (P(None, None), P(None, None)), None],
+    ids=["split", "copies on all devices", "made outside of the mesh"],
 )
-def test_a_tpu_has_its_kernels_without_being_asked(hidden_spec, lm_head_spec):
+def test_a_tpu_has_its_kernels_without_being_asked(specs):
     """On a mesh of TPUs that need not be there, and without a warning of a fallback: warnings are errors here."""
     mesh = mesh_of_tpus(AxisType.Explicit)
     with jax.sharding.use_abstract_mesh(mesh), dispatch.targeting("tpu"), dispatch.recording() as choices:
-        hidden = jax.ShapeDtypeStruct((512, 256), jnp.bfloat16, sharding=NamedSharding(mesh, hidden_spec))
-        lm_head = jax.ShapeDtypeStruct((256, 1000), jnp.bfloat16, sharding=NamedSharding(mesh, lm_head_spec))
-        text = jax.jit(jax.grad(mean_loss, (0, 1))).trace(hidden, lm_head).lower(lowering_platforms=("tpu",)).as_text()
+        shardings = [None] * 2 if specs is None else [NamedSharding(mesh, spec) for spec in specs]
+        arrays = [
+            jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
+            for shape, sharding in zip([(512, 256), (256, 1000)], shardings, strict=True)
+        ]
+        text = jax.jit(jax.grad(mean_loss, (0, 1))).trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
     assert [choice.used for choice in choices] == ["pallas_tpu"]
     assert text.count('kernel_name = "cross_entropy_logits"') == 1
     assert text.count('kernel_name = "cross_entropy_gradients"') == 1
