@@ -101,7 +101,8 @@ def _forward_with_gradients(static: _Static, hidden, lm_head, labels, weight):
 
     dtype = jnp.float32 if shards.gather_axes or shards.reduce_axes else lm_head.dtype
     dlm_head, (dhidden, losses) = _with_gradients(static, block, whole_head, (hidden, labels, weight), dtype)
-    dlm_head = shards.scattered(dlm_head).astype(lm_head.dtype)
+    # Cut after it is scattered: of what is left, a copy is smaller.
+    dlm_head = shards.scattered(dlm_head)[:, : static.vocab_size].astype(lm_head.dtype)
     sums, dweight = weighted_sums(losses, weight, shards)
     return sums, (dhidden, dlm_head, dweight)
 
@@ -146,7 +147,7 @@ def _token_losses_backward(static: _Static, inputs, cotangents):
         return carry, dhidden.astype(hidden.dtype)
 
     dlm_head, dhidden = _with_gradients(static, block, whole_head, (hidden, labels, dloss, dlse), jnp.float32)
-    return dhidden, dlm_head, None
+    return dhidden, dlm_head[:, : static.vocab_size], None
 
 
 _token_losses.defvjp(_token_losses_forward, _token_losses_backward)
@@ -216,7 +217,7 @@ def _varying(static: _Static, x):
 
 
 def _with_gradients(static: _Static, block, whole_head, per_token, dtype):
-    """Scans `block`, whose carry is that of `_add_gradients`. -> dlm_head [hidden_dim, vocab_size] in `dtype`, outputs.
+    """Scans `block`, whose carry is that of `_add_gradients`. -> dlm_head in `dtype`, as wide as whole_head; outputs.
 
     float32 is for what is still added up over devices.
     """
@@ -225,8 +226,7 @@ def _with_gradients(static: _Static, block, whole_head, per_token, dtype):
     shards = static.settings.shards
     sums = lax.pcast(sums, (*shards.token_axes, *shards.vocab_axes), to="varying")
     sums, outputs = scan_blocks(block, sums, per_token, static.blocks.block_tokens)
-    dlm_head = sums.total if sums.rounded is None else sums.rounded
-    return dlm_head[:, : static.vocab_size], outputs
+    return sums.total if sums.rounded is None else sums.rounded, outputs
 
 
 def _losses_of(logits: Logits, settings: LossSettings):
