@@ -18,7 +18,7 @@ import jax
 # Preferred first. "reference" is never a fallback: it is a definition, and may be slow and large.
 ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("pallas_tpu", "xla")},
-    "cross_entropy": {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)},
+    "cross_entropy": {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("pallas_tpu", "xla")},
 }
 
 

@@ -27,6 +27,12 @@ def sharded_axes(x: jax.Array) -> tuple[Axes, ...]:
     return tuple(tuple(name for name in entry if name in explicit) for entry in names)
 
 
+def mesh_of(x: jax.Array) -> jax.sharding.AbstractMesh:
+    """The mesh that `x` is on, else that of the program: an array made outside of it is copied to all its devices."""
+    mesh = jax.typeof(x).sharding.mesh
+    return jax.sharding.get_abstract_mesh() if mesh.empty else mesh
+
+
 def shards_of(axes: Iterable[str]) -> int:
     """Into how many pieces the current mesh splits a dimension that is sharded over `axes`."""
     shape = jax.sharding.get_abstract_mesh().shape

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import ShapeDtypeStruct
+from jax.sharding import PartitionSpec as P
 
 from bench.shapes import TPU_ATTENTION_COMPILED, TPU_LOSS, AttentionShape, LossShape
 from bench.tpu.record import compile_record
@@ -28,8 +29,21 @@ from grug_kernels.attention import AttentionMask, attention
 from grug_kernels.cross_entropy import linear_cross_entropy, token_losses
 
 CHIPS = ("v5e", "v5p", "v6e", "tpu7x")
+EIGHT_DEVICES = {"v5e": "2x4", "v5p": "2x2x2", "v6e": "2x4", "tpu7x": "2x2x1"}
 # Name of a case -> part of the sentence that its refusal has.
 EXPECTED: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class ShardedLoss:
+    """On eight devices: the head's vocabulary split `vocab_shards` ways; the tokens, and the head's hidden_dim, over
+    the rest of them."""
+
+    whole: LossShape
+    vocab_shards: int
+
+    def __str__(self) -> str:
+        return f"{self.whole} vocabulary/{self.vocab_shards}"
 
 
 @dataclass(frozen=True)
@@ -104,11 +118,28 @@ def _loss_args(shape: LossShape) -> tuple[Any, ...]:
     return hidden, lm_head, ShapeDtypeStruct((shape.tokens,), jnp.int32)
 
 
+def sharded_loss_with_gradients(shape: ShardedLoss) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    return loss_with_gradients(shape.whole)[0], _sharded_loss_args(shape)
+
+
+def sharded_loss_of_tokens(shape: ShardedLoss) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    return token_losses, _sharded_loss_args(shape)
+
+
+def _sharded_loss_args(shape: ShardedLoss) -> tuple[Any, ...]:
+    specs = P("data", None), P("data", "model"), P("data")
+    args = zip(_loss_args(shape.whole), specs, strict=True)
+    return tuple(ShapeDtypeStruct(arg.shape, arg.dtype, sharding=spec) for arg, spec in args)
+
+
+SHARDED_LOSS = tuple(ShardedLoss(shape, shards) for shape in TPU_LOSS[2:] for shards in (1, 4, 8))
 OPS = {
     "attention": (attention_with_gradients, TPU_ATTENTION_COMPILED),
     "packed attention": (packed_attention_with_gradients, TPU_ATTENTION_COMPILED[1:2]),
     "loss": (loss_with_gradients, TPU_LOSS),
     "token losses": (loss_of_tokens, TPU_LOSS),
+    "sharded loss": (sharded_loss_with_gradients, SHARDED_LOSS),
+    "sharded token losses": (sharded_loss_of_tokens, SHARDED_LOSS[1:2]),
 }
 
 
@@ -122,6 +153,13 @@ SOME_CHIPS = {
     "attention, 2x4096x16x192/128": ("v5p",),
     "attention, 1x32768x32/8x128": ("v5p", "tpu7x"),
     "packed attention, 1x8192x32/8x128": ("v6e",),
+    "sharded loss, 16384x4096x128256 vocabulary/1": ("tpu7x",),
+    "sharded loss, 16384x4096x128256 vocabulary/4": ("v6e",),
+    "sharded loss, 16384x4096x128256 vocabulary/8": ("tpu7x",),
+    "sharded loss, 32768x2560x262144 vocabulary/1": ("v6e",),
+    "sharded loss, 32768x2560x262144 vocabulary/4": ("tpu7x",),
+    "sharded loss, 32768x2560x262144 vocabulary/8": ("v5e",),
+    "sharded token losses, 16384x4096x128256 vocabulary/4": ("v6e",),
 }
 
 
@@ -136,8 +174,14 @@ def names(*, everywhere: bool = False) -> Iterator[str]:
 def compiled(name: str) -> Outcome:
     chip, op, shape_name = name.split(", ")
     case, shapes = OPS[op]
-    function, args = case(next(shape for shape in shapes if str(shape) == shape_name))
-    record = compile_record(function, *args, topology=tpu_topology(chip))
+    shape = next(shape for shape in shapes if str(shape) == shape_name)
+    topology, mesh = tpu_topology(chip), None
+    if isinstance(shape, ShardedLoss):
+        topology = tpu_topology(f"{chip}:{EIGHT_DEVICES[chip]}")
+        mesh = topology.mesh(model=shape.vocab_shards)
+    with topology.targeted(mesh):
+        function, args = case(shape)
+        record = compile_record(function, *args, topology=topology)
     temporaries = record.hbm.temporaries_bytes if record.hbm else 0
     return Outcome(name, sum(record.seconds.values()), temporaries, record.refusal and record.refusal.sentence)
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss on a TPU by two Pallas kernels for each block of tokens: `pallas_tpu_logits`, `pallas_tpu_gradients`.
 
-As in `xla.py`: everything works on one device's shards, and gradients are made in the forward pass. The kernels have
-tokens along the lanes; hidden and its gradient are transposed block by block, lm_head is not.
+As in `xla.py`: everything works on one device's shards, and gradients are made in the forward pass. The kernels know
+only the columns of their device; where the vocabulary is split, what they tell of a token is put together between them,
+and dhidden after them. They have tokens along the lanes: hidden and its gradient are transposed block by block.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 
 from grug_kernels.cross_entropy.pallas_tpu_gradients import HeadSums, Rows, gradients_of_block
 from grug_kernels.cross_entropy.pallas_tpu_logits import Logits, logits_of_block
@@ -19,14 +21,17 @@ from grug_kernels.cross_entropy.settings import LossSettings
 from grug_kernels.cross_entropy.tpu_blocks import TpuBlocks, tpu_blocks
 from grug_kernels.cross_entropy.xla import scan_blocks, weighted_sums
 from grug_kernels.dispatch import UnsupportedError
+from grug_kernels.sharding import mesh_of
 from grug_kernels.tpu import traced_chip
 
 
 @dataclass(frozen=True)
 class _Static:
-    """num_blocks: of tokens. interpret: run on a CPU, for tests; as `pl.pallas_call` takes it."""
+    """vocab_size: on this device. num_blocks: of tokens. interpret: run on a CPU, for tests; as `pl.pallas_call` takes
+    it."""
 
     settings: LossSettings
+    vocab_size: int
     blocks: TpuBlocks
     num_blocks: int
     interpret: Any
@@ -39,7 +44,7 @@ def weighted_losses(hidden, lm_head, labels, weight, settings: LossSettings, *, 
     type.
 
     Raises:
-      UnsupportedError: no TPU to trace for, a sharded vocabulary, or a hidden_dim too wide for VMEM.
+      UnsupportedError: no TPU to trace for, several devices on automatic mesh axes, or a hidden_dim too wide for VMEM.
     """
     return _weighted_losses(_static(hidden, lm_head, settings, interpret), hidden, lm_head, labels, weight)
 
@@ -53,16 +58,17 @@ def token_losses(hidden, lm_head, labels, settings: LossSettings, *, interpret: 
 
 
 def _static(hidden, lm_head, settings: LossSettings, interpret: Any) -> _Static:
-    if settings.shards.vocab_axes:
+    mesh = mesh_of(hidden)
+    if AxisType.Auto in mesh.axis_types and mesh.size > 1:
         raise UnsupportedError(
-            f"cross_entropy: 'pallas_tpu' takes the whole vocabulary, not one split over {settings.shards.vocab_axes};"
-            " use 'xla'."
+            f"cross_entropy: 'pallas_tpu' cannot be split by XLA, which axes of {mesh} ask for. Make them explicit"
+            " (AxisType.Explicit), or use 'xla'."
         )
     (tokens, hidden_dim), vocab_size = hidden.shape, lm_head.shape[1]
     block_tokens = None if settings.block_sizes is None else settings.block_sizes.block_tokens
     chip = "v6e" if interpret else traced_chip("cross_entropy")
     blocks = tpu_blocks(tokens, hidden_dim, vocab_size, hidden.dtype.itemsize, chip, block_tokens)
-    return _Static(settings, blocks, -(-tokens // blocks.block_tokens), interpret)
+    return _Static(settings, vocab_size, blocks, -(-tokens // blocks.block_tokens), interpret)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -71,7 +77,7 @@ def _weighted_losses(static: _Static, hidden, lm_head, labels, weight):
     whole_head = static.settings.shards.gathered(lm_head)
 
     def block(_, xs):
-        softmax = _softmax(_logits(static, xs[0].T, whole_head, xs[1], keep=False))
+        softmax = _softmax(static, _logits(static, xs[0].T, whole_head, xs[1], keep=False))
         return None, _losses_of(softmax, static.settings)
 
     _, losses = scan_blocks(block, None, (hidden, labels), static.blocks.block_tokens)
@@ -88,13 +94,14 @@ def _forward_with_gradients(static: _Static, hidden, lm_head, labels, weight):
         hidden, labels, weight = xs
         hidden_t = hidden.T
         logits = _logits(static, hidden_t, whole_head, labels, keep=True)
-        softmax = _softmax(logits)
+        softmax = _softmax(static, logits)
         push = weight * (1 + 2 * settings.z_loss_weight * softmax.lse)
         dhidden, carry = _add_gradients(static, hidden_t, whole_head, labels, push, weight, logits, softmax, carry)
         return carry, (dhidden, _losses_of(softmax, settings))
 
     dtype = jnp.float32 if shards.gather_axes or shards.reduce_axes else lm_head.dtype
     dlm_head, (dhidden, losses) = _with_gradients(static, block, whole_head, (hidden, labels, weight), dtype)
+    # Cut after it is scattered: of what is left, a copy is smaller.
     dlm_head = shards.scattered(dlm_head)[:, : lm_head.shape[1]].astype(lm_head.dtype)
     sums, dweight = weighted_sums(losses, weight, shards)
     return sums, (dhidden, dlm_head, dweight)
@@ -118,10 +125,8 @@ def _token_losses(static: _Static, hidden, lm_head, labels):
 
     def block(_, xs):
         logits = _logits(static, xs[0].T, whole_head, xs[1], keep=False, with_argmax=True)
-        lse, label_logit = _softmax(logits)
-        core = jnp.argmax(logits.largest, axis=0)
-        argmax = jnp.take_along_axis(logits.argmax, core[None], axis=0)[0]
-        return None, (lse - label_logit, lse, argmax)
+        softmax = _softmax(static, logits)
+        return None, (softmax.lse - softmax.label_logit, softmax.lse, _argmax(static, logits))
 
     return scan_blocks(block, None, (hidden, labels), static.blocks.block_tokens)[1]
 
@@ -140,7 +145,7 @@ def _token_losses_backward(static: _Static, inputs, cotangents):
         hidden, labels, dloss, dlse = xs
         hidden_t = hidden.T
         logits = _logits(static, hidden_t, whole_head, labels, keep=True)
-        softmax = _softmax(logits)
+        softmax = _softmax(static, logits)
         dhidden, carry = _add_gradients(
             static, hidden_t, whole_head, labels, dloss + dlse, dloss, logits, softmax, carry
         )
@@ -160,16 +165,27 @@ class _Softmax(NamedTuple):
     label_logit: jax.Array
 
 
-def _softmax(logits: Logits) -> _Softmax:
-    """What the cores found, each in its share of the vocabulary, put together."""
-    return _Softmax(jax.nn.logsumexp(logits.lse, axis=0), logits.label_logit.sum(axis=0))
+def _softmax(static: _Static, logits: Logits) -> _Softmax:
+    """What the cores and the devices found, each in its share of the vocabulary, put together."""
+    axes = static.settings.shards.vocab_axes
+    largest = lax.pmax(logits.lse.max(axis=0), axes)
+    total, label_logit = lax.psum((jnp.exp(logits.lse - largest).sum(axis=0), logits.label_logit.sum(axis=0)), axes)
+    return _Softmax(largest + jnp.log(total), label_logit)
+
+
+def _argmax(static: _Static, logits: Logits):
+    """Column of the largest logit over the whole vocabulary, the first of equals."""
+    axes = static.settings.shards.vocab_axes
+    is_winner = logits.largest == lax.pmax(logits.largest.max(axis=0), axes)
+    column = logits.argmax + _first_column(static)
+    return lax.pmin(jnp.where(is_winner, column, jnp.iinfo(jnp.int32).max).min(axis=0), axes)
 
 
 def _logits(static: _Static, hidden_t, lm_head, labels, *, keep: bool, with_argmax: bool = False) -> Logits:
     return logits_of_block(
-        hidden_t,
+        _varying(static, hidden_t),
         lm_head,
-        labels.astype(jnp.int32)[None],
+        _labels_here(static, labels),
         logit_soft_cap=static.settings.logit_soft_cap,
         blocks=static.blocks,
         keep=keep,
@@ -186,18 +202,34 @@ def _add_gradients(static: _Static, hidden_t, lm_head, labels, push, pull, logit
     if cap is not None:
         at_label *= 1 - (softmax.label_logit / cap) ** 2
     dhidden, sums = gradients_of_block(
-        hidden_t,
+        _varying(static, hidden_t),
         lm_head,
         logits.exps,
         logits.references,
-        Rows(labels.astype(jnp.int32)[None], softmax.lse[None], push[None], at_label[None]),
+        Rows(_labels_here(static, labels), softmax.lse[None], push[None], at_label[None]),
         sums,
         num_blocks=static.num_blocks,
         logit_soft_cap=cap,
         blocks=static.blocks,
         interpret=static.interpret,
     )
-    return dhidden.sum(axis=0).T.astype(hidden_t.dtype), sums
+    dhidden = lax.psum(dhidden.sum(axis=0), static.settings.shards.vocab_axes)
+    return dhidden.T.astype(hidden_t.dtype), sums
+
+
+def _labels_here(static: _Static, labels):
+    """[1, tokens]: columns of this device; one that is in another shard may have the number of a filling column, which
+    nobody looks for."""
+    return (labels.astype(jnp.int32) - _first_column(static))[None]
+
+
+def _first_column(static: _Static):
+    return lax.axis_index(static.settings.shards.vocab_axes) * static.vocab_size
+
+
+def _varying(static: _Static, x):
+    """What is the same on all shards of the vocabulary, marked as what is not: the kernels' results are not."""
+    return lax.pcast(x, static.settings.shards.vocab_axes, to="varying")
 
 
 def _with_gradients(static: _Static, block, whole_head, per_token, dtype):
@@ -207,7 +239,8 @@ def _with_gradients(static: _Static, block, whole_head, per_token, dtype):
     shape = hidden_dim, static.blocks.tiles(vocab_size) * static.blocks.block_vocab
     low = None if dtype == jnp.float32 else lax.empty(shape, dtype)
     sums = HeadSums(lax.empty(shape, dtype), low, jnp.zeros((), jnp.int32))
-    sums = lax.pcast(sums, static.settings.shards.token_axes, to="varying")
+    shards = static.settings.shards
+    sums = lax.pcast(sums, (*shards.token_axes, *shards.vocab_axes), to="varying")
     sums, outputs = scan_blocks(block, sums, per_token, static.blocks.block_tokens)
     return sums.high, outputs
 

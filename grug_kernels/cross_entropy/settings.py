@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an implementation must know beside the arrays: the loss's constants, and how the mesh splits the arrays."""
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 from jax import lax
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from grug_kernels.cross_entropy.block_sizes import BlockSizes
-from grug_kernels.sharding import Axes, sharded_axes
+from grug_kernels.sharding import Axes, mesh_of, sharded_axes
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,10 @@ class Shards:
 
     def map(self, local: Callable[..., Any], out_specs: Any, *arrays: jax.Array) -> Any:
         """`local(*arrays)` on each device's shards of arrays that `place` returned."""
-        layout = self._layout(len(arrays) - 2)
-        if not any(itertools.chain(*layout)):
+        # Also where nothing is split: several devices run a Pallas kernel on copies only when told that they may.
+        if AxisType.Explicit not in mesh_of(arrays[0]).axis_types:
             return local(*arrays)
+        layout = self._layout(len(arrays) - 2)
         return jax.shard_map(local, in_specs=tuple(map(_spec, layout)), out_specs=out_specs)(*arrays)
 
     def gathered(self, lm_head: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ import pytest
 
 from bench.tpu import production
 from bench.tpu.production import Outcome
+from bench.tpu.record import Record
 from bench.tpu.topology import LIBTPU_IS_MISSING, has_libtpu
 from grug_kernels.dispatch import UnsupportedError
 
@@ -41,6 +42,22 @@ def test_every_shape_is_compiled_for_some_chip():
 def test_every_op_is_compiled_for_every_chip(chip):
     compiled = {name.split(", ")[1] for name in production.names() if name.startswith(chip)}
     assert compiled >= {"attention", "loss", "token losses"}
+
+
+@pytest.mark.skipif(not has_libtpu(), reason=LIBTPU_IS_MISSING)
+@pytest.mark.parametrize("chip", production.CHIPS)
+def test_what_is_sharded_is_compiled_for_eight_devices(chip, monkeypatch):
+    seen = []
+
+    def record(_, *args, topology):
+        shapes = [arg.sharding.shard_shape(arg.shape) for arg in args]
+        seen.append((topology.chip.name, len(topology.devices), shapes))
+        return Record(topology)
+
+    monkeypatch.setattr(production, "compile_record", record)
+    for op in ("sharded loss", "sharded token losses"):
+        production.compiled(f"{chip}, {op}, 16384x4096x128256 vocabulary/4")
+    assert seen == [(chip, 8, [(8192, 4096), (2048, 32064), (8192,)])] * 2
 
 
 def test_words_that_no_case_has_are_an_error(monkeypatch, capsys):

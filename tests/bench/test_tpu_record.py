@@ -202,7 +202,10 @@ def test_a_variants_step_compiles_from_shapes_alone():
     assert set(arguments) == {"parameters", "optimizer", "ema", "batch", "other", "padding"}
     assert arguments["parameters"] == arguments["ema"]
     assert arguments["optimizer"] == pytest.approx(2 * arguments["parameters"], rel=0.01)
-    assert {choice.op for choice in record.choices} == {"attention", "cross_entropy"}
+    assert {(choice.op, choice.used) for choice in record.choices} == {
+        ("attention", "pallas_tpu"),
+        ("cross_entropy", "pallas_tpu"),
+    }
 
 
 def test_the_command_compiles_what_it_was_asked_for(monkeypatch, capsys):

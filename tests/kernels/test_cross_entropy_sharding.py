@@ -26,10 +26,12 @@ LAYOUTS = {
     "fsdp and vocabulary": ((2, 2, 1, 1, 2), P(BATCH, None), P("data", "model")),
     "fsdp over replicas too": ((2, 2, 1, 1, 2), P(BATCH, None), P(BATCH, "model")),
     "vocabulary only": ((1, 4, 1, 1, 2), P(BATCH, None), P(None, "model")),
+    "vocabulary over two axes": ((1, 2, 1, 2, 2), P(BATCH, None), P("data", ("model", "expert"))),
     "head replicated": ((1, 8, 1, 1, 1), P(BATCH, None), P(None, None)),
     "tokens whole": ((1, 2, 1, 1, 4), P(None, None), P("data", "model")),
     "tokens over the vocabulary's axis": ((1, 2, 1, 1, 4), P(("data", "model"), None), P("data", "model")),
     "head over an axis without tokens": ((1, 4, 1, 1, 2), P(None, None), P("data", None)),
+    "nothing split": ((1, 4, 1, 1, 2), P(None, None), P(None, None)),
     "one device": ((1, 1, 1, 1, 1), P(BATCH, None), P("data", "model")),
 }
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # has what detect_races found
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grug_kernels import dispatch
@@ -51,11 +51,14 @@ def kernels(inputs: Inputs, interpret=True, block_vocab=128, **kwargs) -> dict:
         return loss_and_gradients(inputs, **{"implementation": "pallas_tpu", "block_sizes": BLOCKS} | kwargs)
 
 
-def assert_as_good_as_plain(inputs: Inputs, interpret=True, blocks=BLOCKS, **kwargs):
-    """As in `test_cross_entropy`: at most twice as wrong as plain jnp and autodiff in the same dtype."""
+def assert_as_good_as_plain(inputs: Inputs, interpret=True, blocks=BLOCKS, placed: Inputs | None = None, **kwargs):
+    """As in `test_cross_entropy`: at most twice as wrong as plain jnp and autodiff in the same dtype.
+
+    placed: the inputs as ours is to have them, on a mesh.
+    """
     truth = oracle(inputs, cotangent=-2.7, **kwargs)
     plain = loss_and_gradients(inputs, function=plain_loss, cotangent=-2.7, **kwargs)
-    ours = kernels(inputs, interpret, cotangent=-2.7, block_sizes=blocks, **kwargs)
+    ours = kernels(placed or inputs, interpret, cotangent=-2.7, block_sizes=blocks, **kwargs)
     for name, value in ours.items():
         is_matmul_gradient = name in ("dhidden", "dlm_head")
         rounding = ROUNDING[inputs.hidden.dtype.type if is_matmul_gradient else jnp.float32]
@@ -215,30 +218,6 @@ def test_argmax_takes_the_first_of_equals():
     assert argmax.tolist() == [2, 2, 2]
 
 
-def test_eight_devices_equal_one():
-    """Tokens and the head's hidden_dim over four, and copies of all over two; under shard_map with its checks on."""
-    inputs = random_inputs(tokens=64, hidden_dim=16, vocab_size=200)
-    expected = loss_and_gradients(inputs, implementation="xla", z_loss_weight=1e-2)
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
-    with jax.set_mesh(mesh):
-        specs = P("data", None), P("data", None), P("data"), P("data")
-        placed = Inputs(*(jax.reshard(x, spec) for x, spec in zip(inputs.arrays, specs, strict=True)))
-        # check_vma takes only the interpreter that simulates a TPU's memory.
-        results = kernels(placed, pltpu.InterpretParams(), z_loss_weight=1e-2)
-    for name, value in results.items():
-        assert relative_error(value, expected[name]) < 1e-5, name
-
-
-def test_a_sharded_vocabulary_is_refused():
-    inputs = random_inputs(vocab_size=128)
-    mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Explicit,))
-    with jax.set_mesh(mesh):
-        head = jax.reshard(inputs.lm_head, P(None, "model"))
-        split = Inputs(inputs.hidden, head, inputs.labels, inputs.weight)
-        with pytest.raises(UnsupportedError, match=r"the whole vocabulary, not one split over \('model',\)"):
-            kernels(split)
-
-
 def test_named_where_there_is_no_tpu_it_says_so():
     inputs = random_inputs()
     with pytest.raises(UnsupportedError, match="'pallas_tpu' is for TPUs, and there is none here"):
@@ -253,16 +232,39 @@ def test_blocks_that_do_not_fit_are_refused_with_what_they_take():
     assert other.block_tokens * other.block_vocab < one.block_tokens * one.block_vocab
 
 
-def test_a_tpu_has_its_kernels_if_they_are_named():
-    device = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
-    mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Explicit,), abstract_device=device)
-    hidden, lm_head = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((512, 256), (256, 1000)))
-    labels = jnp.zeros(512, jnp.int32)
-
-    def loss(hidden, lm_head):
-        return linear_cross_entropy(hidden, lm_head, labels, weight=jnp.ones(512), implementation="pallas_tpu")[0]
-
-    with jax.sharding.use_abstract_mesh(mesh), dispatch.targeting("tpu"):
-        text = jax.jit(jax.grad(loss, (0, 1))).trace(hidden, lm_head).lower(lowering_platforms=("tpu",)).as_text()
+@pytest.mark.parametrize(
+    "specs",
+    [(P("data", None), P("data", "model")), (P(None, None), P(None, None)), None],
+    ids=["split", "copies on all devices", "made outside of the mesh"],
+)
+def test_a_tpu_has_its_kernels_without_being_asked(specs):
+    """On a mesh of TPUs that need not be there, and without a warning of a fallback: warnings are errors here."""
+    mesh = mesh_of_tpus(AxisType.Explicit)
+    with jax.sharding.use_abstract_mesh(mesh), dispatch.targeting("tpu"), dispatch.recording() as choices:
+        shardings = [None] * 2 if specs is None else [NamedSharding(mesh, spec) for spec in specs]
+        arrays = [
+            jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
+            for shape, sharding in zip([(512, 256), (256, 1000)], shardings, strict=True)
+        ]
+        text = jax.jit(jax.grad(mean_loss, (0, 1))).trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
+    assert [choice.used for choice in choices] == ["pallas_tpu"]
     assert text.count('kernel_name = "cross_entropy_logits"') == 1
     assert text.count('kernel_name = "cross_entropy_gradients"') == 1
+
+
+def test_several_devices_on_automatic_axes_are_refused():
+    """XLA cannot split the kernels: lowering them would raise."""
+    with jax.sharding.use_abstract_mesh(mesh_of_tpus(AxisType.Auto)), dispatch.targeting("tpu"):
+        shapes = jax.ShapeDtypeStruct((512, 256), jnp.bfloat16), jax.ShapeDtypeStruct((256, 1000), jnp.bfloat16)
+        with pytest.raises(UnsupportedError, match=r"cannot be split by XLA.*Make them explicit.*or use 'xla'"):
+            jax.jit(partial(mean_loss, implementation="pallas_tpu")).trace(*shapes)
+
+
+def mesh_of_tpus(axis_type):
+    device = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
+    return AbstractMesh((2, 2), ("data", "model"), axis_types=(axis_type,) * 2, abstract_device=device)
+
+
+def mean_loss(hidden, lm_head, implementation=None):
+    labels, weight = jnp.zeros(len(hidden), jnp.int32), jnp.ones(len(hidden))
+    return linear_cross_entropy(hidden, lm_head, labels, weight=weight, implementation=implementation)[0]
