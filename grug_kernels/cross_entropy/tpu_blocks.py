@@ -15,6 +15,7 @@ from grug_kernels.tpu import LANES, cores_of, itemised, lanes, vmem_of
 _TOKENS = {"v4": 1024, "v5e": 1024, "v5p": 1024, "v6e": 2048, "tpu7x": 1024}
 # Whole matrix units, of 128 or 256 rows: 384 at 16384 x 4096 x 128256 takes 62.4 ms on a TPU7x, where 256 takes 54.6.
 _VOCAB = (768, 512, 256, 128)
+_MANY_VOCAB = 512  # beyond which wider tiles gain 1 % or less
 _ENOUGH_VOCAB = 256  # narrower tiles are worse than fewer tokens: each adds to all of dhidden once
 _PIECE_TOKENS = 512
 _PRODUCT_ROWS = (1024, 768, 512, 256, 128)
@@ -108,12 +109,14 @@ def tpu_blocks(
 
 
 def _candidates(tokens: int, hidden_dim: int, vocab_size: int, chip: str, asked: int | None) -> Iterator[TpuBlocks]:
-    """In order of preference: tokens and columns as many as may be, but rather fewer tokens than narrow tiles."""
+    """In order of preference: tokens and columns as many as may be, but rather fewer tokens than narrow tiles; and
+    columns that divide the vocabulary, for then nothing is cut off dlm_head."""
     counts = [lanes(min(asked or _TOKENS[chip], tokens))]
     while asked is None and counts[-1] > LANES:
         counts.append(lanes(counts[-1] // 2))
     widths = sorted({min(vocab, lanes(vocab_size)) for vocab in _VOCAB}, reverse=True)
     wide = [width for width in widths if width >= _ENOUGH_VOCAB]
+    wide.sort(key=lambda width: vocab_size % width != 0 or width < _MANY_VOCAB)
     cores, limit = cores_of(chip), int(_SHARE * vmem_of(chip))
     for group in (wide, widths[len(wide) :]):
         for count, width, rows in itertools.product(counts, group, _rows(hidden_dim)):
