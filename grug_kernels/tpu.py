@@ -5,12 +5,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType
 
 from grug_kernels.chips import MIB, TPUS, Chip
 from grug_kernels.dispatch import UnsupportedError
+from grug_kernels.sharding import mesh_of
 
 LANES = 128
 LOG2_E = math.log2(math.e)
@@ -49,6 +52,20 @@ def traced_chip(op: str) -> str:
     if version not in _CHIPS:
         raise UnsupportedError(f"{op}: 'pallas_tpu' knows {', '.join(_CHIPS.values())}, not {version}; use 'xla'.")
     return _CHIPS[version]
+
+
+def refuse_automatic_axes(op: str, x: jax.Array) -> None:
+    """XLA splits arrays over automatic mesh axes where it likes, and a Pallas kernel it cannot split.
+
+    Raises:
+      UnsupportedError: the mesh of `x` has such axes, and several devices.
+    """
+    mesh = mesh_of(x)
+    if AxisType.Auto in mesh.axis_types and mesh.size > 1:
+        raise UnsupportedError(
+            f"{op}: 'pallas_tpu' cannot be split by XLA, which axes of {mesh} ask for. Make them explicit"
+            " (AxisType.Explicit), or use 'xla'."
+        )
 
 
 def vmem_of(chip: str) -> float:

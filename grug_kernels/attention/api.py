@@ -18,7 +18,7 @@ from grug_kernels.attention import cudnn, reference, xla
 from grug_kernels.attention.block_sizes import BlockSizes
 from grug_kernels.attention.mask import AttentionMask, Intervals
 from grug_kernels.attention.results import Results
-from grug_kernels.sharding import Axes, sharded_axes, shards_of
+from grug_kernels.sharding import Axes, mesh_of, sharded_axes, shards_of
 
 Implementation = Literal["pallas_tpu", "cudnn", "xla", "reference"]
 
@@ -165,7 +165,7 @@ def _attention(
         block_sizes=block_sizes,
         with_max_logits=with_max_logits,
     )
-    is_sharded = AxisType.Explicit in jax.typeof(q).sharding.mesh.axis_types
+    is_sharded = AxisType.Explicit in mesh_of(q).axis_types
     axes = _batch_and_head_axes(q, k, v) if is_sharded else None
     intervals = _intervals(mask, batch, seq_len, kv_len)
     return run(q, k, v, intervals, sinks) if axes is None else _run_sharded(run, axes, q, k, v, intervals, sinks)

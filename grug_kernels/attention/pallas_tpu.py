@@ -31,7 +31,7 @@ from grug_kernels.attention.tpu_forward_softmax import Static as ForwardStatic
 from grug_kernels.attention.tpu_plan import backward_plan, forward_plan
 from grug_kernels.dispatch import UnsupportedError
 from grug_kernels.sharding import vary_alike
-from grug_kernels.tpu import traced_chip
+from grug_kernels.tpu import refuse_automatic_axes, traced_chip
 
 _SHORT = 256  # the shortest block that the backward pass can cut into two row chunks of 128 lanes
 
@@ -68,9 +68,10 @@ def attention(
     error are named "attention_out" for remat policies, lse "attention_lse".
 
     Raises:
-      UnsupportedError: no TPU to trace for, a type that is neither bfloat16 nor float32, a scale that is not positive,
-        or heads too wide for VMEM.
+      UnsupportedError: no TPU to trace for, several devices on automatic mesh axes, a type that is neither bfloat16 nor
+        float32, a scale that is not positive, or heads too wide for VMEM.
     """
+    refuse_automatic_axes("attention", q)
     chip = "v6e" if interpret else traced_chip("attention")
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         raise UnsupportedError(f"attention: 'pallas_tpu' takes bfloat16 and float32, not {q.dtype}; use 'xla'.")

@@ -13,16 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType
 
 from grug_kernels.cross_entropy.pallas_tpu_gradients import HeadSums, Rows, gradients_of_block
 from grug_kernels.cross_entropy.pallas_tpu_logits import Logits, logits_of_block
 from grug_kernels.cross_entropy.settings import LossSettings
 from grug_kernels.cross_entropy.tpu_blocks import TpuBlocks, tpu_blocks
 from grug_kernels.cross_entropy.xla import scan_blocks, weighted_sums
-from grug_kernels.dispatch import UnsupportedError
-from grug_kernels.sharding import mesh_of
-from grug_kernels.tpu import traced_chip
+from grug_kernels.tpu import refuse_automatic_axes, traced_chip
 
 
 @dataclass(frozen=True)
@@ -58,12 +55,7 @@ def token_losses(hidden, lm_head, labels, settings: LossSettings, *, interpret: 
 
 
 def _static(hidden, lm_head, settings: LossSettings, interpret: Any) -> _Static:
-    mesh = mesh_of(hidden)
-    if AxisType.Auto in mesh.axis_types and mesh.size > 1:
-        raise UnsupportedError(
-            f"cross_entropy: 'pallas_tpu' cannot be split by XLA, which axes of {mesh} ask for. Make them explicit"
-            " (AxisType.Explicit), or use 'xla'."
-        )
+    refuse_automatic_axes("cross_entropy", hidden)
     (tokens, hidden_dim), vocab_size = hidden.shape, lm_head.shape[1]
     block_tokens = None if settings.block_sizes is None else settings.block_sizes.block_tokens
     chip = "v6e" if interpret else traced_chip("cross_entropy")

@@ -23,6 +23,7 @@ from grug_kernels.attention import (
     attention_with_max_logits,
     pallas_tpu,
 )
+from grug_kernels.dispatch import UnsupportedError
 
 BLOCKS = BlockSizes(8, 8)
 # Tests compile for longer than they run.
@@ -158,12 +159,16 @@ def test_the_largest_logit_of_each_head(implementation, scale, options):
     assert not gradient.any()
 
 
-def test_a_tpu_has_its_kernels_without_being_asked():
+@pytest.mark.parametrize(
+    "spec",
+    [P("data", None, "model", None), P(None, None, None, None), None],
+    ids=["split", "copies on all devices", "made outside of the mesh"],
+)
+def test_a_tpu_has_its_kernels_without_being_asked(spec):
     """Forward and backward, on a mesh of TPUs that need not be there, and without a warning of a fallback: warnings are
     errors here."""
-    device = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
-    mesh = AbstractMesh((2, 2), AXES, axis_types=(AxisType.Explicit,) * 2, abstract_device=device)
-    sharding = NamedSharding(mesh, P("data", None, "model", None))
+    mesh = mesh_of_tpus(AxisType.Explicit)
+    sharding = None if spec is None else NamedSharding(mesh, spec)
     arrays = [jax.ShapeDtypeStruct((2, 256, heads, 64), jnp.bfloat16, sharding=sharding) for heads in (4, 2, 2)]
     gradient = jax.grad(lambda q, k, v: attention(q, k, v, AttentionMask()).astype(jnp.float32).sum())
     with jax.sharding.use_abstract_mesh(mesh), dispatch.targeting("tpu"), dispatch.recording() as choices:
@@ -171,6 +176,19 @@ def test_a_tpu_has_its_kernels_without_being_asked():
     assert [choice.used for choice in choices] == ["pallas_tpu"]
     assert text.count('kernel_name = "attention_forward"') == 1
     assert text.count('kernel_name = "attention_backward"') == 1
+
+
+def test_several_devices_on_automatic_axes_are_refused():
+    """XLA cannot split the kernels: lowering them would raise."""
+    q = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16)
+    refusal = pytest.raises(UnsupportedError, match=r"cannot be split by XLA.*Make them explicit.*or use 'xla'")
+    with jax.sharding.use_abstract_mesh(mesh_of_tpus(AxisType.Auto)), dispatch.targeting("tpu"), refusal:
+        jax.jit(lambda q: attention(q, q, q, AttentionMask(), implementation="pallas_tpu")).trace(q)
+
+
+def mesh_of_tpus(axis_type):
+    device = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
+    return AbstractMesh((2, 2), AXES, axis_types=(axis_type,) * 2, abstract_device=device)
 
 
 @pytest.mark.usefixtures("interpreted")
