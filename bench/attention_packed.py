@@ -19,7 +19,8 @@ from bench.shapes import AttentionShape
 from bench.tpu import schedule
 from bench.tpu.record import compiling
 from bench.tpu.topology import CHIPS, stay_on_cpu, tpu_topology
-from bench.tune_attention import Case, backward_blocks, backward_case, forward_blocks, forward_case
+from bench.tune_attention import backward_blocks, backward_case, forward_blocks, forward_case
+from bench.tuning import Case
 from grug_kernels.attention import AttentionMask
 from grug_kernels.attention.mask import STRIPE
 from grug_kernels.attention.tpu_plan import tiles_of

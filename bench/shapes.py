@@ -73,6 +73,7 @@ TPU_ATTENTION_COMPILED = (
 )
 TPU_LOSS = (
     LossShape("4096x768x50257", 4096, 768, 50_257),  # GPT-2
+    LossShape("8192x512x128256", 8192, 512, 128_256),  # a small model with Llama-3's vocabulary
     LossShape("8192x2048x128256", 8192, 2048, 128_256),  # Llama-3.2 1B
     LossShape("16384x4096x128256", 16_384, 4096, 128_256),  # Llama-3 8B
     LossShape("32768x2560x262144", 32_768, 2560, 262_144),  # Gemma-3 4B

@@ -12,21 +12,17 @@ are predicted from schedules (docs/explanations/tpu_schedule.md), and difference
 
 import argparse
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
 from jax import ShapeDtypeStruct
 
 from bench.shapes import TPU_ATTENTION_COMPILED, AttentionShape, named, names
-from bench.tpu import dump
-from bench.tpu.schedule import analyze
-from bench.tpu.timeline import ScalarOperands
 from bench.tpu.topology import CHIPS, stay_on_cpu
-from grug_kernels import chips
+from bench.tuning import Case, Change, Result, counted, sweep
 from grug_kernels.attention import AttentionMask
 from grug_kernels.attention.mask import Intervals
 from grug_kernels.attention.pallas_tpu_backward import attention_backward
@@ -42,10 +38,8 @@ from grug_kernels.attention.tpu_forward_blocks import ForwardBlocks, ForwardShap
 from grug_kernels.attention.tpu_forward_softmax import Softmax
 from grug_kernels.attention.tpu_forward_softmax import Static as ForwardStatic
 from grug_kernels.attention.tpu_plan import BackwardPlan, backward_plan, forward_plan
-from grug_kernels.dispatch import UnsupportedError
 
 Passes = Literal["forward", "backward"]
-Change = Mapping[str, Any]
 
 # The key chunk is always the longest that fits.
 CANDIDATES: dict[Passes, tuple[Change, ...]] = {
@@ -76,41 +70,6 @@ CANDIDATES: dict[Passes, tuple[Change, ...]] = {
         {"transposed_keys": True},
     ),
 }
-
-
-class Case(NamedTuple):
-    """A kernel alone, in its own layout. smem: its plan, as numbers."""
-
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    smem: ScalarOperands
-
-
-@dataclass(frozen=True)
-class Result:
-    """ms is of the kernel alone; where it was refused, refusal is the sentence and the numbers are None."""
-
-    change: Change
-    ms: float | None = None
-    mcycles: float | None = None
-    matrix_busy: float | None = None
-    vector_busy: float | None = None
-    spills: int | None = None
-    vmem_mib: float | None = None
-    compile_seconds: float | None = None
-    refusal: str | None = None
-
-    def __str__(self) -> str:
-        what = ", ".join(f"{name}={value}" for name, value in self.change.items()) or "own choice"
-        if self.refusal is not None:
-            return f"refused  {what}: {self.refusal}"
-        return (
-            f"{self.ms:8.3f} {self.mcycles:9.3f} {self.matrix_busy:6.0%} {self.vector_busy:6.0%} {self.spills:9}"
-            f" {self.vmem_mib:9.1f} {self.compile_seconds:8.1f}  {what}"
-        )
-
-
-HEADING = "      ms   Mcycles    MXU   VALU    spills  VMEM MiB  compile  blocks"
 
 
 def forward_blocks(shape: AttentionShape, chip: str, change: Change) -> ForwardBlocks:
@@ -173,37 +132,12 @@ def _inputs(shape: AttentionShape):
 
 
 def measured(passes: Passes, chip: str, shape: AttentionShape, softmax: Softmax, change: Change) -> Result:
-    """Compiles one candidate, in a process of its own, and counts the kernel."""
-    try:
+    def case_of(change: Change) -> Case:
         if passes == "forward":
-            case = forward_case(shape, forward_blocks(shape, chip, change), softmax)
-        else:
-            case = backward_case(shape, backward_blocks(shape, chip, change))
-        schedule = analyze(case.function, case.args, chip, smem=case.smem)
-    except (UnsupportedError, dump.Refused) as refusal:
-        return Result(change, refusal=str(refusal).splitlines()[0])
-    kernel = next(kernel for kernel in schedule.kernels if kernel.is_pallas)
-    count = kernel.count
-    return Result(
-        change,
-        ms=kernel.predicted_ms,
-        mcycles=count.cycles / 1e6,
-        matrix_busy=count.matrix_busy,
-        vector_busy=count.slots["VALU"],
-        spills=count.spills,
-        vmem_mib=count.vmem_bytes / chips.MIB,
-        compile_seconds=schedule.compile_seconds,
-    )
+            return forward_case(shape, forward_blocks(shape, chip, change), softmax)
+        return backward_case(shape, backward_blocks(shape, chip, change))
 
-
-def sweep(measure: Callable[[Change], Result], changes: tuple[Change, ...]) -> list[Result]:
-    """Prints as it goes; the fastest first, what was refused last."""
-    print(HEADING, flush=True)
-    results = []
-    for change in changes:
-        results.append(measure(change))
-        print(results[-1], flush=True)
-    return sorted(results, key=lambda result: float("inf") if result.ms is None else result.ms)
+    return counted(change, case_of, chip)
 
 
 def main() -> None:
@@ -219,10 +153,9 @@ def main() -> None:
     shape = named(TPU_ATTENTION_COMPILED, options.shape)
     if options.sliding_window:
         shape = replace(shape, name=f"{shape}, window {options.sliding_window}", sliding_window=options.sliding_window)
-    results = sweep(partial(measured, options.passes, options.chip, shape, options.softmax), CANDIDATES[options.passes])
     softmax = f", {options.softmax} softmax" if options.passes == "forward" else ""
-    print(f"\n{options.passes}, {options.chip}, {shape}{softmax}: predicted, best first\n{HEADING}")
-    print("\n".join(map(str, results)))
+    measure = partial(measured, options.passes, options.chip, shape, options.softmax)
+    sweep(measure, CANDIDATES[options.passes], f"{options.passes}, {options.chip}, {shape}{softmax}")
 
 
 if __name__ == "__main__":

@@ -7,27 +7,10 @@ import pytest
 from bench import tune_attention
 from bench.shapes import AttentionShape
 from bench.tpu.topology import LIBTPU_IS_MISSING, has_libtpu
-from bench.tune_attention import CANDIDATES, Result, backward_blocks, backward_case, forward_blocks, measured, sweep
+from bench.tune_attention import CANDIDATES, backward_blocks, backward_case, forward_blocks, measured
 from grug_kernels.attention.tpu_plan import tiles_of
 
 SHAPE = AttentionShape("small", 1, 1024, 4, 2, 128)
-
-
-def test_the_fastest_comes_first_and_what_was_refused_last(capsys):
-    milliseconds = {1: 2.0, 2: None, 3: 1.0}
-
-    def measure(change):
-        ms = milliseconds[change["block_q"]]
-        if ms is None:
-            return Result(change, refusal="takes 70 MiB")
-        return Result(change, ms, 1.5, 0.5, 0.25, 7, 20.5, 3.0)
-
-    results = sweep(measure, tuple({"block_q": n} for n in milliseconds))
-    assert [result.change["block_q"] for result in results] == [3, 1, 2]
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == tune_attention.HEADING
-    assert lines[1].split() == ["2.000", "1.500", "50%", "25%", "7", "20.5", "3.0", "block_q=1"]
-    assert lines[2] == "refused  block_q=2: takes 70 MiB"
 
 
 @pytest.mark.parametrize("passes", CANDIDATES)
