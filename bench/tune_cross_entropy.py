@@ -21,38 +21,25 @@ import numpy as np
 from jax import ShapeDtypeStruct
 
 from bench.shapes import TPU_LOSS, LossShape, named, names
-from bench.tpu.core import core_of
 from bench.tpu.topology import CHIPS, stay_on_cpu
 from bench.tuning import Case, Change, Result, counted, sweep
-from grug_kernels.cross_entropy.pallas_tpu_gradients import HeadSums, gradients_of_block
+from grug_kernels.cross_entropy.pallas_tpu_gradients import HeadSums, Rows, gradients_of_block
 from grug_kernels.cross_entropy.pallas_tpu_logits import logits_of_block
 from grug_kernels.cross_entropy.tpu_blocks import TpuBlocks, tpu_blocks
 from grug_kernels.dispatch import UnsupportedError
-from grug_kernels.tpu import LANES
 
+_BLOCKS: tuple[Change, ...] = (
+    {},
+    {"block_vocab": 256},
+    {"block_vocab": 384},
+    {"block_vocab": 512},
+    {"block_vocab": 1024},
+    {"block_tokens": 1024},
+    {"block_tokens": 4096},
+)
 CANDIDATES: dict[str, tuple[Change, ...]] = {
-    "logits": (
-        {},
-        {"rows": 256},
-        {"rows": 512},
-        {"rows": 2048},
-        {"block_vocab": 512},
-        {"block_vocab": 1024},
-        {"block_vocab": 1536},
-        {"block_tokens": 1024},
-        {"block_tokens": 4096},
-    ),
-    "gradients": (
-        {},
-        {"hidden_chunks": 1},
-        {"hidden_chunks": 2},
-        {"hidden_chunks": 8},
-        {"block_vocab": 512},
-        {"block_vocab": 1024},
-        {"block_vocab": 1536},
-        {"block_tokens": 1024},
-        {"block_tokens": 4096},
-    ),
+    "logits": (*_BLOCKS, {"piece_tokens": 256}, {"piece_tokens": 1024}),
+    "gradients": (*_BLOCKS, {"product_rows": 256}, {"product_rows": 512}, {"product_rows": 2048}),
 }
 
 
@@ -62,49 +49,40 @@ def blocks_of(shape: LossShape, chip: str, change: Change) -> TpuBlocks:
     Raises:
       UnsupportedError: they do not fit, or cut hidden_dim or the tokens of a block into parts that are not whole.
     """
-    vmem = core_of(chip).chip.vmem_bytes
-    assert vmem is not None
-    own = tpu_blocks(shape.tokens, shape.hidden_dim, shape.vocab_size, 2, int(vmem), change.get("block_tokens"))
-    blocks = replace(own, **change)
-    tokens, chunks = blocks.block_tokens, blocks.hidden_chunks
-    if tokens % blocks.rows or tokens % (chunks * LANES) or shape.hidden_dim % (chunks * LANES):
+    asked = change.get("block_tokens")
+    blocks = replace(tpu_blocks(shape.tokens, shape.hidden_dim, shape.vocab_size, 2, chip, asked), **change)
+    if blocks.block_tokens % blocks.piece_tokens or shape.hidden_dim % blocks.product_rows:
         raise UnsupportedError(
-            f"{tokens} tokens in rows of {blocks.rows}, and they and hidden_dim={shape.hidden_dim} in {chunks} chunks,"
-            f" are not all whole, chunks in multiples of {LANES}."
+            f"{blocks.block_tokens} tokens in pieces of {blocks.piece_tokens}, and hidden_dim={shape.hidden_dim} in"
+            f" products of {blocks.product_rows} rows, are not both whole."
         )
     return blocks
 
 
 def logits_case(shape: LossShape, blocks: TpuBlocks) -> Case:
-    logits = partial(
-        logits_of_block,
-        vocab_size=shape.vocab_size,
-        logit_soft_cap=None,
-        blocks=blocks,
-        keep=True,
-        with_argmax=False,
-        interpret=False,
-    )
+    logits = partial(logits_of_block, logit_soft_cap=None, blocks=blocks, keep=True, with_argmax=False, interpret=False)
     return Case(logits, _inputs(shape, blocks), {}, _calls(shape, blocks))
 
 
 def gradients_case(shape: LossShape, blocks: TpuBlocks) -> Case:
-    inputs, calls = _inputs(shape, blocks), _calls(shape, blocks)
+    hidden_t, lm_head, labels = inputs = _inputs(shape, blocks)
+    calls = _calls(shape, blocks)
     logits = jax.eval_shape(logits_case(shape, blocks).function, *inputs)
-    lm_head = inputs[1]
-    total = ShapeDtypeStruct(lm_head.shape, jnp.float32)
-    sums = HeadSums(total, rounded=lm_head, block=ShapeDtypeStruct((), jnp.int32))
+    width = blocks.tiles(shape.vocab_size) * blocks.block_vocab
+    part = ShapeDtypeStruct((shape.hidden_dim, width), jnp.bfloat16)
+    sums = HeadSums(part, part, block=ShapeDtypeStruct((), jnp.int32))
+    by_token = ShapeDtypeStruct(labels.shape, jnp.float32)
+    rows = Rows(labels, by_token, by_token, by_token)
     gradients = partial(gradients_of_block, num_blocks=calls, logit_soft_cap=None, blocks=blocks, interpret=False)
     neither_first_nor_last = {("cross_entropy_gradients", 0): np.zeros(2, np.int32)}
-    return Case(gradients, (*inputs, logits.lse, logits.lse, logits, sums), neither_first_nor_last, calls)
+    return Case(gradients, (hidden_t, lm_head, *logits[:2], rows, sums), neither_first_nor_last, calls)
 
 
 def _inputs(shape: LossShape, blocks: TpuBlocks):
     """hidden, lm_head, labels as both kernels take them."""
-    tokens, width = blocks.block_tokens, blocks.vocab_blocks(shape.vocab_size) * blocks.block_vocab
-    hidden = ShapeDtypeStruct((tokens, shape.hidden_dim), jnp.bfloat16)
-    lm_head = ShapeDtypeStruct((shape.hidden_dim, width), jnp.bfloat16)
-    return hidden, lm_head, ShapeDtypeStruct((tokens, LANES), jnp.int32)
+    hidden_t = ShapeDtypeStruct((shape.hidden_dim, blocks.block_tokens), jnp.bfloat16)
+    lm_head = ShapeDtypeStruct((shape.hidden_dim, shape.vocab_size), jnp.bfloat16)
+    return hidden_t, lm_head, ShapeDtypeStruct((1, blocks.block_tokens), jnp.int32)
 
 
 def _calls(shape: LossShape, blocks: TpuBlocks) -> int:

@@ -23,9 +23,9 @@ def test_every_candidate_is_a_way_to_cut_the_kernel(kernel):
 
 
 def test_parts_that_are_not_whole_are_refused():
-    """Of 768 columns in 4 chunks the kernel would leave out some, or take them twice."""
-    with pytest.raises(UnsupportedError, match="hidden_dim=768 in 4 chunks"):
-        blocks_of(LossShape("", 4096, 768, 50_257), "v6e", {"hidden_chunks": 4})
+    """Of 768 rows in products of 512 the kernel would leave out some."""
+    with pytest.raises(UnsupportedError, match="hidden_dim=768 in products of 512 rows"):
+        blocks_of(LossShape("", 4096, 768, 50_257), "v6e", {"product_rows": 512})
 
 
 def test_what_does_not_fit_is_refused_without_compiling():
