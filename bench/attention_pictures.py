@@ -3,16 +3,15 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
+from bench.diagrams import FOLDER, heading, picture, rect
 from grug_kernels.attention import AttentionMask
 from grug_kernels.attention.tpu_plan import forward_plan, tiles_of
 from train.plot import standalone
 
-FOLDER = Path(__file__).parent.parent / "docs" / "explanations"
 LENGTH, BLOCK, CELL, GAP = 64, 8, 4, 56  # positions; positions of a tile; units of a position; between panels
 DOCUMENTS = np.repeat([0, 1, 2, -1], [20, 13, 23, 8])
 MASKS = {
@@ -51,7 +50,7 @@ def tiles() -> str:
         left = i * (size + GAP)
         parts.append(_panel(name, mask, left, top))
     title = f"A mask is an interval per query: {LENGTH} queries down, {LENGTH} keys across, tiles of {BLOCK} × {BLOCK}"
-    return _picture(title, 3 * size + 2 * GAP, top + size + 34, "".join(parts))
+    return picture(title, 3 * size + 2 * GAP, top + size + 34, "".join(parts))
 
 
 def _panel(name: str, mask: AttentionMask, left: float, top: float) -> str:
@@ -59,17 +58,17 @@ def _panel(name: str, mask: AttentionMask, left: float, top: float) -> str:
     intervals = mask.intervals(1, LENGTH, LENGTH)
     stripes = forward_plan(intervals, LENGTH, BLOCK)
     plan = np.stack(tiles_of(stripes, np.arange(LENGTH // BLOCK), 2, BLOCK)[:4], axis=-1)
-    parts = [f'<text class="title" x="{left}" y="{top - 8}" style="font-size:13px">{escape(name)}</text>']
+    parts = [heading(name, left, top - 8)]
     for block, (first, whole_first, whole_end, last) in enumerate(plan):
         for n in range(first, last):
             paint = WHOLE if whole_first <= n < whole_end else MASKED
-            parts.append(_rect(left + n * tile, top + block * tile, tile, tile, paint))
+            parts.append(rect(left + n * tile, top + block * tile, tile, tile, paint))
     path = "".join(f"M{left + x} {top}v{size}M{left} {top + x}h{size}" for x in range(0, size + 1, tile))
     parts.append(f'<path class="grid" d="{path}" style="stroke-width:1"/>')
     for query, (lower, upper) in enumerate(zip(*(np.asarray(bound[0]) for bound in intervals[:2]), strict=True)):
         if lower < upper:
             y = top + query * CELL + CELL / 2 - 0.5
-            parts.append(_rect(left + lower * CELL, y, (upper - lower) * CELL, 1, SEEN))
+            parts.append(rect(left + lower * CELL, y, (upper - lower) * CELL, 1, SEEN))
     visited, whole = (plan[:, 3] - plan[:, 0]).sum(), (plan[:, 2] - plan[:, 1]).sum()
     text = f"{visited} of {len(plan) ** 2} tiles visited, {whole} of them whole"
     return "".join(parts) + f'<text x="{left}" y="{top + size + 20}">{text}</text>'
@@ -78,15 +77,15 @@ def _panel(name: str, mask: AttentionMask, left: float, top: float) -> str:
 def pipeline() -> str:
     """What the units do at a time, row chunk by row chunk."""
     top, parts = 64, []
-    for heading, steps in {
+    for name, steps in {
         "Forward, a tile of four row chunks: three stages, handed on through VMEM": FORWARD,
         "Backward, two tiles of two row chunks: two stages, and no gap between the tiles": BACKWARD,
     }.items():
-        parts.append(f'<text class="title" x="0" y="{top}" style="font-size:13px">{escape(heading)}</text>')
+        parts.append(heading(name, 0, top))
         parts.append(_steps(steps, top + 12))
         top += 12 + len(LANES) * (LANE + 4) + 34
     title = "Row chunks are a pipeline: matrix unit (MXU) and vector unit (VPU) work on different ones"
-    return _picture(title, 56 + 6 * SLOT, top - 16, "".join(parts))
+    return picture(title, 56 + 6 * SLOT, top - 16, "".join(parts))
 
 
 def _steps(steps: Mapping[str, Sequence[Sequence[str]]], top: float) -> str:
@@ -99,7 +98,7 @@ def _steps(steps: Mapping[str, Sequence[Sequence[str]]], top: float) -> str:
             for i, job in enumerate(jobs):
                 word, color = WORDS[job[0]]
                 x = 56 + step * SLOT + i * width
-                parts.append(_rect(x, y, width - 2, LANE, (color, 0.25)))
+                parts.append(rect(x, y, width - 2, LANE, (color, 0.25)))
                 middle = f'x="{x + width / 2 - 1:g}" y="{y + 17}" style="font-size:10px"'
                 parts.append(f'<text class="middle" {middle}>{word} · {job[1:]}</text>')
     return "".join(parts)
@@ -109,25 +108,10 @@ def _legend(y: float, names: Mapping[str, tuple[str, float]]) -> str:
     parts, x = [], 0.0
     for name, paint in names.items():
         height = 1.5 if paint is SEEN else 12
-        parts.append(_rect(x, y + (12 - height) / 2 - 10, 12, height, paint))
+        parts.append(rect(x, y + (12 - height) / 2 - 10, 12, height, paint))
         parts.append(f'<text x="{x + 18}" y="{y}">{escape(name)}</text>')
         x += 40 + 6.6 * len(name)
     return "".join(parts)
-
-
-def _rect(x: float, y: float, width: float, height: float, paint: tuple[str, float]) -> str:
-    color, strength = paint
-    return (
-        f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" fill="var(--{color})"'
-        f' fill-opacity="{strength:g}"/>'
-    )
-
-
-def _picture(title: str, width: float, height: float, content: str) -> str:
-    return (
-        f'<svg class="plot" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" role="img">'
-        f'<title>{escape(title)}</title><text class="title" x="0" y="20">{escape(title)}</text>{content}</svg>'
-    )
 
 
 PICTURES = {"attention_tiles.svg": tiles, "attention_pipeline.svg": pipeline}
