@@ -29,7 +29,7 @@ class HeadSums(NamedTuple):
     """dlm_head [hidden_dim, padded vocabulary], added up over blocks of tokens. block: the number of them in it, int32;
     with none the arrays may hold anything.
 
-    high: float32, and low None; or both bfloat16, the sum being theirs together, to 17 bits, until the last block
+    high: float32, and low None; or both bfloat16, the sum being theirs together, to 2^-16, until the last block
     rounds it into high and leaves low undefined: float32 sums would take twice the memory of low.
     """
 

@@ -8,8 +8,8 @@ the vocabulary add whole registers. Logits leave as
 
 Any reference will do that keeps exp from overflowing. The largest logit of the first tile serves all others, whose
 exponentials need then not wait for a maximum, until a token's sum outgrows `_LIMIT`; the tile in which that happens is
-made again, and refers to the largest logit so far. Rounded to bfloat16, e errs by 2^-9 of itself at any size of the
-logits, where rounded logits would err by 2^-9 of the logit. And the gradients need no exponential for each element:
+made again, and refers to the largest logit so far. Rounded to bfloat16, e errs by at most 2^-8 of itself at any size of
+the logits, where rounded logits would err by 2^-8 of the logit. And the gradients need no exponential for each element:
 softmax = e * exp(reference - lse).
 """
 
