@@ -20,6 +20,7 @@ _ENOUGH_VOCAB = 256  # narrower tiles are worse than fewer tokens: each adds to 
 _PIECE_TOKENS = 512
 _PRODUCT_ROWS = (1024, 768, 512, 256, 128)
 _SHARE = 0.97  # of VMEM; the rest is the compiler's
+_ROWS, _MOSAIC = 16, 72 * 1024  # about what statistics and the kernel's own bookkeeping take
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,22 @@ class TpuBlocks:
 
 
 def logits_vmem_terms(blocks: TpuBlocks, hidden_dim: int, itemsize: int) -> dict[str, int]:
-    """Bytes of one grid step of the first kernel by use."""
+    """Bytes of one grid step of the first kernel by use, exponentials kept."""
     tokens, vocab = blocks.block_tokens, blocks.block_vocab
+    product = vocab * blocks.piece_tokens
     return {
         "hidden": hidden_dim * tokens * itemsize,
         "lm_head": 3 * hidden_dim * vocab * itemsize,  # two windows, and one transposed
         "exponentials": 2 * vocab * tokens * itemsize,
-        "logits": 2 * vocab * blocks.piece_tokens * 4,
+        "logits": product * 4 + _partial_sums(product * hidden_dim, itemsize),
+        "rows": _ROWS * tokens * 4 + _MOSAIC,
     }
 
 
 def gradients_vmem_terms(blocks: TpuBlocks, hidden_dim: int, itemsize: int) -> dict[str, int]:
     """Bytes of one grid step of the second kernel by use."""
     tokens, vocab = blocks.block_tokens, blocks.block_vocab
+    rows = blocks.product_rows
     return {
         "hidden": hidden_dim * tokens * itemsize,
         "sum of dhidden": hidden_dim * tokens * 4,
@@ -66,8 +70,15 @@ def gradients_vmem_terms(blocks: TpuBlocks, hidden_dim: int, itemsize: int) -> d
         "exponentials": 2 * vocab * tokens * itemsize,
         "lm_head": 2 * hidden_dim * vocab * itemsize,
         "dlm_head": 2 * 2 * hidden_dim * vocab * 4,  # sums before and after: float32, or two parts
-        "products": blocks.product_rows * (vocab + tokens // 4) * 4,
+        # Of products [rows, vocab] and [rows, tokens], what is spilled; and from one to the next, if they are small.
+        "products": rows * (vocab * 4 + tokens * 3 // 2) + _partial_sums(max(rows, 256) * vocab * tokens, itemsize),
+        "rows": _ROWS * tokens * 4 + _MOSAIC,
     }
+
+
+def _partial_sums(multiplications: int, itemsize: int) -> int:
+    """Spilled by a product in float32, which six passes of bfloat16 make: bytes in proportion to its length."""
+    return 24 * multiplications // 1024 if itemsize == 4 else 0
 
 
 def vmem_bytes(blocks: TpuBlocks, hidden_dim: int, itemsize: int) -> int:
@@ -117,9 +128,11 @@ def _candidates(tokens: int, hidden_dim: int, vocab_size: int, chip: str, asked:
     widths = sorted({min(vocab, lanes(vocab_size)) for vocab in _VOCAB}, reverse=True)
     wide = [width for width in widths if width >= _ENOUGH_VOCAB]
     wide.sort(key=lambda width: vocab_size % width != 0 or width < _MANY_VOCAB)
-    cores, limit = cores_of(chip), int(_SHARE * vmem_of(chip))
+    limit = int(_SHARE * vmem_of(chip))
     for group in (wide, widths[len(wide) :]):
         for count, width, rows in itertools.product(counts, group, _rows(hidden_dim)):
+            # A core without a tile would write what is in its windows over another's.
+            cores = min(cores_of(chip), -(-vocab_size // width))
             yield TpuBlocks(count, width, _piece(count), rows, cores, limit)
 
 
