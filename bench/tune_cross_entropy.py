@@ -60,16 +60,19 @@ def blocks_of(shape: LossShape, chip: str, change: Change) -> TpuBlocks:
 
 
 def logits_case(shape: LossShape, blocks: TpuBlocks) -> Case:
-    logits = partial(logits_of_block, logit_soft_cap=None, blocks=blocks, keep=True, with_argmax=False, interpret=False)
-    return Case(logits, _inputs(shape, blocks), {}, _calls(shape, blocks))
+    def logits(hidden_t, lm_head, labels, memory):
+        options = {"logit_soft_cap": None, "with_argmax": False, "interpret": False}
+        return logits_of_block(hidden_t, lm_head, labels, blocks=blocks, memory=memory, **options)
+
+    memory = ShapeDtypeStruct((blocks.padded(shape.vocab_size), blocks.block_tokens), jnp.bfloat16)
+    return Case(logits, (*_inputs(shape, blocks), memory), {}, _calls(shape, blocks))
 
 
 def gradients_case(shape: LossShape, blocks: TpuBlocks) -> Case:
-    hidden_t, lm_head, labels = inputs = _inputs(shape, blocks)
-    calls = _calls(shape, blocks)
-    logits = jax.eval_shape(logits_case(shape, blocks).function, *inputs)
-    width = blocks.tiles(shape.vocab_size) * blocks.block_vocab
-    part = ShapeDtypeStruct((shape.hidden_dim, width), jnp.bfloat16)
+    hidden_t, lm_head, labels = _inputs(shape, blocks)
+    calls, of_logits = _calls(shape, blocks), logits_case(shape, blocks)
+    logits = jax.eval_shape(of_logits.function, *of_logits.args)
+    part = ShapeDtypeStruct((shape.hidden_dim, blocks.padded(shape.vocab_size)), jnp.bfloat16)
     sums = HeadSums(part, part, block=ShapeDtypeStruct((), jnp.int32))
     by_token = ShapeDtypeStruct(labels.shape, jnp.float32)
     rows = Rows(labels, by_token, by_token, by_token)

@@ -69,7 +69,7 @@ def _weighted_losses(static: _Static, hidden, lm_head, labels, weight):
     whole_head = static.settings.shards.gathered(lm_head)
 
     def block(_, xs):
-        softmax = _softmax(static, _logits(static, xs[0].T, whole_head, xs[1], keep=False))
+        softmax = _softmax(static, _logits(static, xs[0].T, whole_head, xs[1]))
         return None, _losses_of(softmax, static.settings)
 
     _, losses = scan_blocks(block, None, (hidden, labels), static.blocks.block_tokens)
@@ -82,14 +82,14 @@ def _forward_with_gradients(static: _Static, hidden, lm_head, labels, weight):
     settings, shards = static.settings, static.settings.shards
     whole_head = shards.gathered(lm_head)
 
-    def block(carry, xs):
+    def block(memory, xs):
         hidden, labels, weight = xs
         hidden_t = hidden.T
-        logits = _logits(static, hidden_t, whole_head, labels, keep=True)
+        logits = _logits(static, hidden_t, whole_head, labels, memory.exps)
         softmax = _softmax(static, logits)
         push = weight * (1 + 2 * settings.z_loss_weight * softmax.lse)
-        dhidden, carry = _add_gradients(static, hidden_t, whole_head, labels, push, weight, logits, softmax, carry)
-        return carry, (dhidden, _losses_of(softmax, settings))
+        dhidden, sums = _add_gradients(static, hidden_t, whole_head, labels, push, weight, logits, softmax, memory.sums)
+        return _Memory(sums, logits.exps), (dhidden, _losses_of(softmax, settings))
 
     dtype = jnp.float32 if shards.gather_axes or shards.reduce_axes else lm_head.dtype
     dlm_head, (dhidden, losses) = _with_gradients(static, block, whole_head, (hidden, labels, weight), dtype)
@@ -116,7 +116,7 @@ def _token_losses(static: _Static, hidden, lm_head, labels):
     whole_head = lm_head.astype(hidden.dtype)
 
     def block(_, xs):
-        logits = _logits(static, xs[0].T, whole_head, xs[1], keep=False, with_argmax=True)
+        logits = _logits(static, xs[0].T, whole_head, xs[1], with_argmax=True)
         softmax = _softmax(static, logits)
         return None, (softmax.lse - softmax.label_logit, softmax.lse, _argmax(static, logits))
 
@@ -133,15 +133,14 @@ def _token_losses_backward(static: _Static, inputs, cotangents):
     dloss, dlse, _ = cotangents
     whole_head = lm_head.astype(hidden.dtype)
 
-    def block(carry, xs):
+    def block(memory, xs):
         hidden, labels, dloss, dlse = xs
         hidden_t = hidden.T
-        logits = _logits(static, hidden_t, whole_head, labels, keep=True)
+        logits = _logits(static, hidden_t, whole_head, labels, memory.exps)
         softmax = _softmax(static, logits)
-        dhidden, carry = _add_gradients(
-            static, hidden_t, whole_head, labels, dloss + dlse, dloss, logits, softmax, carry
-        )
-        return carry, dhidden
+        push, pull = dloss + dlse, dloss
+        dhidden, sums = _add_gradients(static, hidden_t, whole_head, labels, push, pull, logits, softmax, memory.sums)
+        return _Memory(sums, logits.exps), dhidden
 
     dlm_head, dhidden = _with_gradients(static, block, whole_head, (hidden, labels, dloss, dlse), jnp.float32)
     return dhidden, dlm_head[:, : lm_head.shape[1]], None
@@ -173,14 +172,14 @@ def _argmax(static: _Static, logits: Logits):
     return lax.pmin(jnp.where(is_winner, column, jnp.iinfo(jnp.int32).max).min(axis=0), axes)
 
 
-def _logits(static: _Static, hidden_t, lm_head, labels, *, keep: bool, with_argmax: bool = False) -> Logits:
+def _logits(static: _Static, hidden_t, lm_head, labels, memory=None, *, with_argmax: bool = False) -> Logits:
     return logits_of_block(
         _varying(static, hidden_t),
         lm_head,
         _labels_here(static, labels),
         logit_soft_cap=static.settings.logit_soft_cap,
         blocks=static.blocks,
-        keep=keep,
+        memory=memory,
         with_argmax=with_argmax,
         interpret=static.interpret,
     )
@@ -224,17 +223,26 @@ def _varying(static: _Static, x):
     return lax.pcast(x, static.settings.shards.vocab_axes, to="varying")
 
 
+class _Memory(NamedTuple):
+    """What every block of tokens writes to. exps [padded vocabulary, block_tokens] are worth nothing between blocks; but
+    out of the loop's carry they, or the sums, had twice their memory set aside: a sixth to a half more in all."""
+
+    sums: HeadSums
+    exps: jax.Array
+
+
 def _with_gradients(static: _Static, block, whole_head, per_token, dtype):
-    """Scans `block`, whose carry is that of `_add_gradients`. -> dlm_head [hidden_dim, padded vocabulary] in `dtype`,
-    outputs. float32 is for what is still added up over devices."""
+    """Scans `block`, whose carry is `_Memory`. -> dlm_head [hidden_dim, padded vocabulary] in `dtype`, outputs. float32
+    is for what is still added up over devices."""
     hidden_dim, vocab_size = whole_head.shape
-    shape = hidden_dim, static.blocks.tiles(vocab_size) * static.blocks.block_vocab
-    low = None if dtype == jnp.float32 else lax.empty(shape, dtype)
-    sums = HeadSums(lax.empty(shape, dtype), low, jnp.zeros((), jnp.int32))
+    padded, block_tokens = static.blocks.padded(vocab_size), static.blocks.block_tokens
+    low = None if dtype == jnp.float32 else lax.empty((hidden_dim, padded), dtype)
+    sums = HeadSums(lax.empty((hidden_dim, padded), dtype), low, jnp.zeros((), jnp.int32))
+    memory = _Memory(sums, lax.empty((padded, block_tokens), whole_head.dtype))
     shards = static.settings.shards
-    sums = lax.pcast(sums, (*shards.token_axes, *shards.vocab_axes), to="varying")
-    sums, outputs = scan_blocks(block, sums, per_token, static.blocks.block_tokens)
-    return sums.high, outputs
+    memory = lax.pcast(memory, (*shards.token_axes, *shards.vocab_axes), to="varying")
+    memory, outputs = scan_blocks(block, memory, per_token, block_tokens)
+    return memory.sums.high, outputs
 
 
 def _losses_of(softmax: _Softmax, settings: LossSettings):

@@ -51,13 +51,15 @@ def logits_of_block(
     *,
     logit_soft_cap: float | None,
     blocks: TpuBlocks,
-    keep: bool,
+    memory: Any,
     with_argmax: bool,
     interpret: Any,
 ) -> Logits:
     """hidden_t [hidden_dim, block_tokens], lm_head [hidden_dim, vocab_size], labels [1, block_tokens] int32, one that
-    no column has picks a logit of 0. keep: exps, references."""
+    no column has picks a logit of 0. memory: what exps are written to, None if they and references are not kept.
+    """
     (hidden_dim, tokens), vocab_size = hidden_t.shape, lm_head.shape[1]
+    keep = memory is not None
     tiles, per_core = blocks.tiles(vocab_size), blocks.tiles_per_core(vocab_size)
     shape_of = partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(hidden_t).manual_axis_type)
 
@@ -70,7 +72,7 @@ def logits_of_block(
         pl.BlockSpec((None, 1, tokens), lambda core, step: (tile(core, step), 0, 0)),
     ]
     kept_shapes = [
-        shape_of((tiles * blocks.block_vocab, tokens), hidden_t.dtype),
+        shape_of((blocks.padded(vocab_size), tokens), hidden_t.dtype),
         shape_of((tiles, 1, tokens), jnp.float32),
     ]
     result, column = (shape_of((blocks.cores, 1, tokens), dtype) for dtype in (jnp.float32, jnp.int32))
@@ -84,10 +86,12 @@ def logits_of_block(
             pl.BlockSpec((hidden_dim, tokens), lambda core, step: (0, 0), pipeline_mode=pl.Buffered(1)),
             pl.BlockSpec((hidden_dim, blocks.block_vocab), lambda core, step: (0, tile(core, step))),
             pl.BlockSpec((1, tokens), lambda core, step: (0, 0)),
+            *[pl.BlockSpec(memory_space=pl.ANY)] * keep,
         ],
         out_specs=[*(kept_specs if keep else []), *[by_token] * (4 if with_argmax else 2)],
         out_shape=[*(kept_shapes if keep else []), result, result, *([result, column] if with_argmax else [])],
         scratch_shapes=[row] * 4 + ([row] if with_argmax else []),
+        input_output_aliases={3: 0} if keep else {},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=blocks.vmem_limit
         ),
@@ -98,7 +102,7 @@ def logits_of_block(
         ),
         interpret=interpret,
         name="cross_entropy_logits",
-    )(hidden_t, lm_head, labels)
+    )(hidden_t, lm_head, labels, *[memory] * keep)
     outputs = list(outputs)
     kept = [outputs.pop(0), outputs.pop(0)] if keep else [None, None]
     return Logits(*kept, *(x[:, 0] for x in outputs), *([] if with_argmax else [None, None]))
@@ -122,7 +126,7 @@ class _Refs(NamedTuple):
 
 def _kernel(hidden_t_ref, lm_head_ref, labels_ref, *refs, vocab_size, logit_soft_cap, blocks: TpuBlocks, keep, argmax):
     """Grid (core, tile of its share of the vocabulary). The rows of scratch carry across tiles."""
-    num_rows = 4 + argmax
+    num_rows, refs = 4 + argmax, refs[keep:]  # without the memory, which is that of an output
     kept, results, rows = refs[: 2 * keep], refs[2 * keep : -num_rows], refs[-num_rows:]
     scratch = _Refs(hidden_t_ref, lm_head_ref, labels_ref, *(kept or (None, None)), *rows, *([] if argmax else [None]))
     step, tiles = pl.program_id(1), blocks.tiles(vocab_size)

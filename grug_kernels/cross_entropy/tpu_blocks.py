@@ -42,6 +42,10 @@ class TpuBlocks:
     def tiles(self, vocab_size: int) -> int:
         return -(-vocab_size // self.block_vocab)
 
+    def padded(self, vocab_size: int) -> int:
+        """Filled up to whole tiles."""
+        return self.tiles(vocab_size) * self.block_vocab
+
     def tiles_per_core(self, vocab_size: int) -> int:
         return -(-self.tiles(vocab_size) // self.cores)
 

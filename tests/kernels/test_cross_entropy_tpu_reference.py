@@ -53,7 +53,7 @@ def run(*arrays):
         jnp.pad(inputs.labels, (0, padding))[None],
         logit_soft_cap=None,
         blocks=blocks,
-        keep=True,
+        memory=jnp.zeros((blocks.padded(inputs.lm_head.shape[1]), blocks.block_tokens), inputs.hidden.dtype),
         with_argmax=False,
         interpret=True,
     )
