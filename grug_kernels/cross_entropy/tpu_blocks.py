@@ -51,14 +51,15 @@ class TpuBlocks:
 
 
 def logits_vmem_terms(blocks: TpuBlocks, hidden_dim: int, itemsize: int) -> dict[str, int]:
-    """Bytes of one grid step of the first kernel by use, exponentials kept."""
+    """Bytes of one grid step of the first kernel by use, exponentials kept. A product in float32, which is six in
+    bfloat16, spills what it adds up."""
     tokens, vocab = blocks.block_tokens, blocks.block_vocab
-    product = vocab * blocks.piece_tokens
+    spilled = 3 * hidden_dim // 128 if itemsize == 4 else 0
     return {
         "hidden": hidden_dim * tokens * itemsize,
         "lm_head": 3 * hidden_dim * vocab * itemsize,  # two windows, and one transposed
         "exponentials": 2 * vocab * tokens * itemsize,
-        "logits": product * 4 + _partial_sums(product * hidden_dim, itemsize),
+        "logits": vocab * blocks.piece_tokens * (4 + spilled),
         "rows": _ROWS * tokens * 4 + _MOSAIC,
     }
 
@@ -66,7 +67,7 @@ def logits_vmem_terms(blocks: TpuBlocks, hidden_dim: int, itemsize: int) -> dict
 def gradients_vmem_terms(blocks: TpuBlocks, hidden_dim: int, itemsize: int) -> dict[str, int]:
     """Bytes of one grid step of the second kernel by use."""
     tokens, vocab = blocks.block_tokens, blocks.block_vocab
-    rows = blocks.product_rows
+    spilled = 20 if itemsize == 4 else 1.5
     return {
         "hidden": hidden_dim * tokens * itemsize,
         "sum of dhidden": hidden_dim * tokens * 4,
@@ -74,15 +75,9 @@ def gradients_vmem_terms(blocks: TpuBlocks, hidden_dim: int, itemsize: int) -> d
         "exponentials": 2 * vocab * tokens * itemsize,
         "lm_head": 2 * hidden_dim * vocab * itemsize,
         "dlm_head": 2 * 2 * hidden_dim * vocab * 4,  # sums before and after: float32, or two parts
-        # Of products [rows, vocab] and [rows, tokens], what is spilled; and from one to the next, if they are small.
-        "products": rows * (vocab * 4 + tokens * 3 // 2) + _partial_sums(max(rows, 256) * vocab * tokens, itemsize),
+        "products": int(blocks.product_rows * (4 * vocab + spilled * tokens)),
         "rows": _ROWS * tokens * 4 + _MOSAIC,
     }
-
-
-def _partial_sums(multiplications: int, itemsize: int) -> int:
-    """Spilled by a product in float32, which six passes of bfloat16 make: bytes in proportion to its length."""
-    return 24 * multiplications // 1024 if itemsize == 4 else 0
 
 
 def vmem_bytes(blocks: TpuBlocks, hidden_dim: int, itemsize: int) -> int:

@@ -100,6 +100,19 @@ def test_any_logits_serve_as_reference(name, dtype):
     assert np.asarray(found).tolist() == np.stack(expected).tolist()
 
 
+def test_gradient_at_a_likely_label_is_no_difference_of_rounded_numbers():
+    """softmax is 0.995 there, and in bfloat16 it would err by half of what it lacks of 1."""
+    logits = random_logits()
+    inputs = inputs_with(logits, jnp.bfloat16)
+    at_labels = np.arange(TOKENS), np.asarray(inputs.labels)
+    logits[at_labels] = 12.0
+    inputs = inputs_with(logits, jnp.bfloat16)
+    truth = oracle(inputs, cotangent=-2.7, z_loss_weight=1e-3)["dlm_head"][at_labels]
+    ours, _ = run(*inputs.arrays)
+    # Rounded three times: dlogits, their sum, and scaled.
+    assert (abs(np.asarray(ours["dlm_head"], np.float64)[at_labels] - truth) <= 3 * 2**-8 * abs(truth)).all()
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("where", ["all tiles", "a later tile"])
 def test_nan_stays_with_its_token(where, dtype):
