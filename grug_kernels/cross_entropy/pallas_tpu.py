@@ -224,7 +224,7 @@ def _varying(static: _Static, x):
 
 
 class _Memory(NamedTuple):
-    """What every block of tokens writes to. exps [padded vocabulary, block_tokens] are worth nothing between blocks; but
+    """What every block of tokens writes to. exps [padded vocabulary, block_tokens] are worth nothing between blocks, but
     out of the loop's carry they, or the sums, had twice their memory set aside: a sixth to a half more in all."""
 
     sums: HeadSums

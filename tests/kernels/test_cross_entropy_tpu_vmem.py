@@ -27,13 +27,14 @@ VOCAB = 6144  # so large that XLA does not keep the arrays in VMEM as they are
 def logits_case(blocks: TpuBlocks, hidden_dim: int, dtype):
     """(function, arguments) of the first kernel alone."""
 
-    def logits(hidden_t, lm_head, labels):
-        kwargs = {"blocks": blocks, "keep": True, "with_argmax": False, "interpret": False}
+    def logits(hidden_t, lm_head, labels, memory):
+        kwargs = {"blocks": blocks, "memory": memory, "with_argmax": False, "interpret": False}
         return logits_of_block(hidden_t, lm_head, labels, logit_soft_cap=None, **kwargs)[:4]
 
     tokens = blocks.block_tokens
-    shapes = ((hidden_dim, tokens), dtype), ((hidden_dim, VOCAB), dtype), ((1, tokens), jnp.int32)
-    return logits, [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    memory = (blocks.padded(VOCAB), tokens), dtype
+    shapes = ((hidden_dim, tokens), dtype), ((hidden_dim, VOCAB), dtype), ((1, tokens), jnp.int32), memory
+    return jax.jit(logits, donate_argnums=3), [jax.ShapeDtypeStruct(*shape) for shape in shapes]
 
 
 def gradients_case(blocks: TpuBlocks, hidden_dim: int, dtype):
@@ -48,11 +49,11 @@ def gradients_case(blocks: TpuBlocks, hidden_dim: int, dtype):
         return dhidden, sums.high, sums.low
 
     tokens, tiles = blocks.block_tokens, blocks.tiles(VOCAB)
-    head = (hidden_dim, tiles * blocks.block_vocab), dtype
+    head = (hidden_dim, blocks.padded(VOCAB)), dtype
     shapes = (
         ((hidden_dim, tokens), dtype),
         ((hidden_dim, VOCAB), dtype),
-        ((tiles * blocks.block_vocab, tokens), dtype),
+        ((blocks.padded(VOCAB), tokens), dtype),
         ((tiles, 1, tokens), jnp.float32),
         ((1, tokens), jnp.int32),
         ((1, tokens), jnp.float32),
