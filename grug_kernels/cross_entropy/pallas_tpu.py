@@ -37,8 +37,8 @@ class _Static:
 def weighted_losses(hidden, lm_head, labels, weight, settings: LossSettings, *, interpret: Any = False):
     """See `xla.weighted_losses`.
 
-    Temporary, beside dlm_head in float32: for each token of a block and vocabulary entry one exponential in the inputs'
-    type.
+    Temporary: for each token of a block and vocabulary entry one exponential in the inputs' type; and what dlm_head is
+    summed up in, 2 bytes a weight beside the gradient itself, 4 where it is summed up over devices.
 
     Raises:
       UnsupportedError: no TPU to trace for, several devices on automatic mesh axes, or a hidden_dim too wide for VMEM.
@@ -224,8 +224,9 @@ def _varying(static: _Static, x):
 
 
 class _Memory(NamedTuple):
-    """What every block of tokens writes to. exps [padded vocabulary, block_tokens] are worth nothing between blocks, but
-    out of the loop's carry they, or the sums, had twice their memory set aside: a sixth to a half more in all."""
+    """What every block of tokens writes to. exps [padded vocabulary, block_tokens] mean nothing between blocks; but
+    outside of the loop's carry XLA set aside twice the memory of them or of the sums, a sixth to a half more in all.
+    """
 
     sums: HeadSums
     exps: jax.Array
