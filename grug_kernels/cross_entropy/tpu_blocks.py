@@ -20,7 +20,7 @@ _ENOUGH_VOCAB = 256  # narrower tiles are worse than fewer tokens: each adds to 
 _PIECE_TOKENS = 512
 _PRODUCT_ROWS = (1024, 768, 512, 256, 128)
 _SHARE = 0.97  # of VMEM; the rest is the compiler's
-_ROWS, _MOSAIC = 16, 72 * 1024  # about what statistics and the kernel's own bookkeeping take
+_ROWS, _MOSAIC = 32, 72 * 1024  # about what statistics, and the bookkeeping of the kernel, take
 
 
 @dataclass(frozen=True)
