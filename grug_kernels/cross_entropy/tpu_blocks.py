@@ -17,6 +17,8 @@ _TOKENS = {"v4": 1024, "v5e": 1024, "v5p": 1024, "v6e": 2048, "tpu7x": 1024}
 _VOCAB = (768, 512, 256, 128)
 _MANY_VOCAB = 512  # beyond which wider tiles gain 1 % or less
 _ENOUGH_VOCAB = 256  # narrower tiles are worse than fewer tokens: each adds to all of dhidden once
+# A product in float32 is six of bfloat16: it outlasts HBM with fewer tokens, and with more takes minutes to compile.
+_FLOAT32 = 512, 256
 _PIECE_TOKENS = 512
 _PRODUCT_ROWS = (1024, 768, 512, 256, 128)
 _SHARE = 0.97  # of VMEM; the rest is the compiler's
@@ -100,7 +102,7 @@ def tpu_blocks(
     Raises:
       UnsupportedError: they do not fit, however few tokens are in a block.
     """
-    candidates = list(_candidates(tokens, hidden_dim, vocab_size, chip, block_tokens))
+    candidates = list(_candidates(tokens, hidden_dim, vocab_size, itemsize, chip, block_tokens))
     limit = candidates[0].vmem_limit
     fitting = (blocks for blocks in candidates if vmem_bytes(blocks, hidden_dim, itemsize) <= limit)
     if (blocks := next(fitting, None)) is not None:
@@ -118,13 +120,16 @@ def tpu_blocks(
     )
 
 
-def _candidates(tokens: int, hidden_dim: int, vocab_size: int, chip: str, asked: int | None) -> Iterator[TpuBlocks]:
+def _candidates(
+    tokens: int, hidden_dim: int, vocab_size: int, itemsize: int, chip: str, asked: int | None
+) -> Iterator[TpuBlocks]:
     """In order of preference: tokens and columns as many as may be, but rather fewer tokens than narrow tiles; and
     columns that divide the vocabulary, for then nothing is cut off dlm_head."""
-    counts = [lanes(min(asked or _TOKENS[chip], tokens))]
+    most_tokens, most_vocab = (_TOKENS[chip], _VOCAB[0]) if itemsize == 2 else _FLOAT32
+    counts = [lanes(min(asked or most_tokens, tokens))]
     while asked is None and counts[-1] > LANES:
         counts.append(lanes(counts[-1] // 2))
-    widths = sorted({min(vocab, lanes(vocab_size)) for vocab in _VOCAB}, reverse=True)
+    widths = sorted({min(vocab, most_vocab, lanes(vocab_size)) for vocab in _VOCAB}, reverse=True)
     wide = [width for width in widths if width >= _ENOUGH_VOCAB]
     wide.sort(key=lambda width: vocab_size % width != 0 or width < _MANY_VOCAB)
     limit = int(_SHARE * vmem_of(chip))
