@@ -67,7 +67,11 @@ def logits_vmem_terms(blocks: TpuBlocks, hidden_dim: int, itemsize: int) -> dict
 
 
 def gradients_vmem_terms(blocks: TpuBlocks, hidden_dim: int, itemsize: int) -> dict[str, int]:
-    """Bytes of one grid step of the second kernel by use."""
+    """Bytes of one grid step of the second kernel by use.
+
+    What products spill is fitted to libtpu 0.0.48.1, 2026-11-21. Of all that the compiler takes this is 1.00 to 1.10 in
+    bfloat16, 1.01 to 1.27 in float32; up to 1.17 in bfloat16 on a TPU7x, whose matrix units add up themselves.
+    """
     tokens, vocab = blocks.block_tokens, blocks.block_vocab
     spilled = 20 if itemsize == 4 else 1.5
     return {
