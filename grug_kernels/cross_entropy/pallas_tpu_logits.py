@@ -8,9 +8,9 @@ the vocabulary add whole registers. Logits leave as
 
 Any reference will do that keeps exp from overflowing. The largest logit of the first tile serves all others, whose
 exponentials need then not wait for a maximum, until a token's sum outgrows `_LIMIT`; the tile in which that happens is
-made again, and refers to the largest logit so far. Rounded to bfloat16, e errs by at most 2^-8 of itself at any size of
-the logits, where rounded logits would err by 2^-8 of the logit. And the gradients need no exponential for each element:
-softmax = e * exp(reference - lse).
+made again, and refers to its own largest logit if that is larger. Rounded to bfloat16, e errs by at most 2^-8 of itself
+at any size of the logits, where rounded logits would err by 2^-8 of the logit. And the gradients need no exponential
+for each element: softmax = e * exp(reference - lse).
 """
 
 from functools import partial
@@ -189,7 +189,8 @@ class _Tile(NamedTuple):
             logits = next_logits
 
     def refer_to_largest(self) -> None:
-        """The same with a new reference, the largest logit so far. Columns that are no vocabulary do not count."""
+        """The same with a new reference, the largest logit here if it is larger. Columns that are no vocabulary do not
+        count."""
         refs, width = self.refs, self.blocks.piece_tokens
         rows_here = self.vocab_size - self.first
 
