@@ -10,9 +10,12 @@ from grug_kernels.dispatch import UnsupportedError
 from grug_kernels.tpu import LANES, cores_of, itemised, lanes, vmem_of
 
 # Each block of tokens adds to dlm_head once, 8 bytes a weight through HBM: so many tokens that two matmuls outlast it.
-# 2026-11-21, predicted, ms at 16384 x 4096 x 128256 with 512 / 1024 tokens: v5p 119.4 / 117.2. At 8192 x 2048 x 128256
-# with 1024 / 2048: v5p 29.5 / 29.6, TPU7x 13.4 / 13.3, and half the logits to hold.
-_TOKENS = {"v4": 1024, "v5e": 1024, "v5p": 1024, "v6e": 2048, "tpu7x": 1024}
+# chip: for a hidden_dim up to 1024, and beyond. 2026-11-21, predicted, ms, tokens of a block:
+#   16384 x 4096 x 128256: v5p 119.4 (512), 117.2 (1024)
+#    8192 x 2048 x 128256: v5p 29.5 (1024), 29.6 (2048), TPU7x 13.4, 13.3: not worth twice the logits to hold
+#    8192 x  512 x 128256: v5p 7.87 (1024), 7.56 (2048), TPU7x 4.51, 3.91
+_TOKENS = {"v4": (2048, 1024), "v5e": (2048, 1024), "v5p": (2048, 1024), "v6e": (2048, 2048), "tpu7x": (2048, 1024)}
+_NARROW = 1024
 # Whole matrix units, of 128 or 256 rows: 384 at 16384 x 4096 x 128256 takes 62.4 ms on a TPU7x, where 256 takes 54.6.
 _VOCAB = (768, 512, 256, 128)
 _MANY_VOCAB = 512  # beyond which wider tiles gain 1 % or less
@@ -129,7 +132,7 @@ def _candidates(
 ) -> Iterator[TpuBlocks]:
     """In order of preference: tokens and columns as many as may be, but rather fewer tokens than narrow tiles; and
     columns that divide the vocabulary, for then nothing is cut off dlm_head."""
-    most_tokens, most_vocab = (_TOKENS[chip], _VOCAB[0]) if itemsize == 2 else _FLOAT32
+    most_tokens, most_vocab = (_TOKENS[chip][hidden_dim > _NARROW], _VOCAB[0]) if itemsize == 2 else _FLOAT32
     counts = [lanes(min(asked or most_tokens, tokens))]
     while asked is None and counts[-1] > LANES:
         counts.append(lanes(counts[-1] // 2))
