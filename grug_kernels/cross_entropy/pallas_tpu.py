@@ -18,7 +18,7 @@ from grug_kernels.cross_entropy.pallas_tpu_gradients import HeadSums, Rows, grad
 from grug_kernels.cross_entropy.pallas_tpu_logits import Logits, logits_of_block
 from grug_kernels.cross_entropy.settings import LossSettings
 from grug_kernels.cross_entropy.tpu_blocks import TpuBlocks, tpu_blocks
-from grug_kernels.cross_entropy.xla import scan_blocks, weighted_sums
+from grug_kernels.cross_entropy.xla import losses_of, scale_gradients, scan_blocks, weighted_sums
 from grug_kernels.tpu import refuse_automatic_axes, traced_chip
 
 
@@ -70,7 +70,7 @@ def _weighted_losses(static: _Static, hidden, lm_head, labels, weight):
 
     def block(_, xs):
         softmax = _softmax(static, _logits(static, xs[0].T, whole_head, xs[1]))
-        return None, _losses_of(softmax, static.settings)
+        return None, losses_of(softmax, static.settings)
 
     _, losses = scan_blocks(block, None, (hidden, labels), static.blocks.block_tokens)
     return weighted_sums(losses, weight, static.settings.shards)[0]
@@ -89,7 +89,7 @@ def _forward_with_gradients(static: _Static, hidden, lm_head, labels, weight):
         softmax = _softmax(static, logits)
         push = weight * (1 + 2 * settings.z_loss_weight * softmax.lse)
         dhidden, sums = _add_gradients(static, hidden_t, whole_head, labels, push, weight, logits, softmax, memory.sums)
-        return _Memory(sums, logits.exps), (dhidden, _losses_of(softmax, settings))
+        return _Memory(sums, logits.exps), (dhidden, losses_of(softmax, settings))
 
     dtype = jnp.float32 if shards.gather_axes or shards.reduce_axes else lm_head.dtype
     dlm_head, (dhidden, losses) = _with_gradients(static, block, whole_head, (hidden, labels, weight), dtype)
@@ -99,14 +99,7 @@ def _forward_with_gradients(static: _Static, hidden, lm_head, labels, weight):
     return sums, (dhidden, dlm_head, dweight)
 
 
-@jax.named_scope("cross_entropy_scale_gradients")
-def _scale_gradients(_, gradients, cotangents):
-    dloss, _, _ = cotangents  # the parts are for looking at
-    dhidden, dlm_head, dweight = ((dloss * gradient).astype(gradient.dtype) for gradient in gradients)
-    return dhidden, dlm_head, None, dweight
-
-
-_weighted_losses.defvjp(_forward_with_gradients, _scale_gradients)
+_weighted_losses.defvjp(_forward_with_gradients, scale_gradients)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -244,10 +237,3 @@ def _with_gradients(static: _Static, block, whole_head, per_token, dtype):
     memory = lax.pcast(memory, (*shards.token_axes, *shards.vocab_axes), to="varying")
     memory, outputs = scan_blocks(block, memory, per_token, block_tokens)
     return memory.sums.high, outputs
-
-
-def _losses_of(softmax: _Softmax, settings: LossSettings):
-    """Cross-entropy and z-loss of each token of a block."""
-    lse, label_logit = softmax
-    z_loss = settings.z_loss_weight * lse**2 if settings.z_loss_weight else jnp.zeros_like(lse)
-    return lse - label_logit, z_loss

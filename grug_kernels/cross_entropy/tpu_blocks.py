@@ -91,8 +91,12 @@ def gradients_vmem_terms(blocks: TpuBlocks, hidden_dim: int, itemsize: int) -> d
 
 def vmem_bytes(blocks: TpuBlocks, hidden_dim: int, itemsize: int) -> int:
     """Of the larger kernel."""
-    terms = logits_vmem_terms, gradients_vmem_terms
-    return max(sum(of(blocks, hidden_dim, itemsize).values()) for of in terms)
+    return sum(_larger_terms(blocks, hidden_dim, itemsize).values())
+
+
+def _larger_terms(blocks: TpuBlocks, hidden_dim: int, itemsize: int) -> dict[str, int]:
+    both = (terms(blocks, hidden_dim, itemsize) for terms in (logits_vmem_terms, gradients_vmem_terms))
+    return max(both, key=lambda terms: sum(terms.values()))
 
 
 def tpu_blocks(
@@ -115,14 +119,10 @@ def tpu_blocks(
     if (blocks := next(fitting, None)) is not None:
         return blocks
     smallest = candidates[-1]
-    taken = vmem_bytes(smallest, hidden_dim, itemsize)
-    terms = max(
-        (logits_vmem_terms(smallest, hidden_dim, itemsize), gradients_vmem_terms(smallest, hidden_dim, itemsize)),
-        key=lambda terms: sum(terms.values()),
-    )
+    terms = _larger_terms(smallest, hidden_dim, itemsize)
     raise UnsupportedError(
         f"cross_entropy: 'pallas_tpu' with {smallest.block_tokens} tokens of hidden_dim={hidden_dim} takes"
-        f" {taken / MIB:.1f} MiB of VMEM ({itemised(terms)}), and there are {limit / MIB:.1f} MiB for it."
+        f" {sum(terms.values()) / MIB:.1f} MiB of VMEM ({itemised(terms)}), and there are {limit / MIB:.1f} MiB for it."
         " Use a smaller block_tokens, or implementation='xla'."
     )
 

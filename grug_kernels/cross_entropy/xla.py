@@ -30,7 +30,7 @@ def weighted_losses(hidden, lm_head, labels, weight, settings: LossSettings):
     def block(_, xs):
         hidden, labels = xs
         softmax = _softmax_of(hidden, whole_head, labels, settings)
-        return None, _losses_of(softmax, settings)
+        return None, losses_of(softmax, settings)
 
     _, losses = _scan_blocks(block, None, (hidden, labels), whole_head.shape[1], settings)
     return weighted_sums(losses, weight, settings.shards)[0]
@@ -56,7 +56,7 @@ def _forward_with_gradients(hidden, lm_head, labels, weight, settings: LossSetti
         dhidden = _matmul(dlogits, whole_head, contract=(1, 1))
         dhidden = lax.psum(dhidden, shards.vocab_axes).astype(hidden.dtype)
         dlm_head += _matmul(hidden, dlogits, contract=(0, 0))
-        return dlm_head, (dhidden, _losses_of(softmax, settings))
+        return dlm_head, (dhidden, losses_of(softmax, settings))
 
     dlm_head = jnp.zeros(whole_head.shape, jnp.float32)
     dlm_head = lax.pcast(dlm_head, (*shards.token_axes, *shards.vocab_axes), to="varying")
@@ -67,13 +67,13 @@ def _forward_with_gradients(hidden, lm_head, labels, weight, settings: LossSetti
 
 
 @jax.named_scope("cross_entropy_scale_gradients")
-def _scale_gradients(settings: LossSettings, gradients, cotangents):
+def scale_gradients(_, gradients, cotangents):
     dloss, _, _ = cotangents  # the parts are for looking at
     dhidden, dlm_head, dweight = ((dloss * gradient).astype(gradient.dtype) for gradient in gradients)
     return dhidden, dlm_head, None, dweight
 
 
-weighted_losses.defvjp(_forward_with_gradients, _scale_gradients)
+weighted_losses.defvjp(_forward_with_gradients, scale_gradients)
 
 
 @jax.named_scope("cross_entropy_token_losses")
@@ -123,8 +123,8 @@ def _softmax_of(hidden, lm_head, labels, settings: LossSettings) -> _Softmax:
     return _Softmax(logits, is_label, exps, total, largest + jnp.log(total), label_logit)
 
 
-def _losses_of(softmax: _Softmax, settings: LossSettings) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy and z-loss of each token of a block."""
+def losses_of(softmax, settings: LossSettings) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy and z-loss of each token of a block. softmax: has its lse and label_logit."""
     cross_entropy = softmax.lse - softmax.label_logit
     # Without a z-loss lse is not squared: 0 * inf is NaN where the square overflows.
     z_loss = settings.z_loss_weight * softmax.lse**2 if settings.z_loss_weight else jnp.zeros_like(softmax.lse)
