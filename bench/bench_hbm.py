@@ -6,16 +6,16 @@ Of the same compiles as `bench_compile_time.py`, whose seconds are these rows' t
 
 import pytest
 
-from bench.ahead import tell, told
-from bench.tpu.depths import CHIPS, DEPTHS, VARIANTS, row
+from bench.ahead import every, tell, told
+from bench.tpu.depths import CHIPS, LONG_SETTINGS, SETTINGS, VARIANTS, row
 
 __all__ = ["row"]  # for `ahead`
 
 
 @pytest.mark.benchmark(timer=told)
 @pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("num_layers", DEPTHS)
+@pytest.mark.parametrize(("hidden_dim", "num_layers", "remat"), every(*SETTINGS, long=LONG_SETTINGS))
 @pytest.mark.parametrize("variant", VARIANTS)
-def bench_hbm(benchmark, ahead, chip, variant, num_layers):
-    benchmark.group = f"memory of a training step on {chip}"
+def bench_hbm(benchmark, ahead, chip, variant, num_layers, hidden_dim, remat):
+    benchmark.group = f"memory of a training step on {chip}, hidden_dim {hidden_dim}"
     tell(benchmark, ahead())

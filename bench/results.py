@@ -18,9 +18,9 @@ BASES = {
     "compiled": "compiler's CPU seconds",
 }
 # Facts that rows of one comparison have in common, and facts in which its contenders differ.
-SETTING = ("op", "shape", "passes", "dtype", "chip", "topology", "device", "devices", "num_layers")
+SETTING = ("op", "shape", "passes", "dtype", "chip", "topology", "device", "devices", "hidden_dim", "num_layers")
 DEPTH = "num_layers"
-CONTENDER = ("variant", "implementation", "block_sizes")
+CONTENDER = ("variant", "remat", "implementation", "block_sizes")
 
 
 class ResultsError(ValueError):
