@@ -7,6 +7,7 @@
 metadata.json has what the caller says of the run (run_id, config_hash, data_offset, ...), `step`, `timestamp`,
 `is_temporary`, `specs` and `checksums` of every array, and the versions of the packages. TensorStore loads a flipped
 bit or another shape without a word; with `specs` and `checksums`, `restore_latest_or_initialize` notices.
+Names and shapes are those of `train/checkpoint_layout.py`, for models that stack their blocks and models that do not.
 
 A root has one writer at a time: `Checkpoints` removes the unfinished saves it finds there when a run starts.
 """

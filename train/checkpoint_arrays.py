@@ -31,8 +31,8 @@ def check_layout(path: str, layout: int) -> None:
     if layout != LAYOUT:
         raise CheckpointMismatchError(
             f"checkpoint {path} has layout {layout} of names and shapes, and this version reads layout {LAYOUT}. It is"
-            " left as it is, and is not converted: go on with the version that wrote it (its packages stand in"
-            " metadata.json under 'versions'), or choose another output path to train from scratch."
+            " left as it is, and is not converted. Go on with the version of this project that wrote it, or choose"
+            " another output path to train from scratch."
         )
 
 
