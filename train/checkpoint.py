@@ -7,6 +7,7 @@
 metadata.json has what the caller says of the run (run_id, config_hash, data_offset, ...), `step`, `timestamp`,
 `is_temporary`, `specs` and `checksums` of every array, and the versions of the packages. TensorStore loads a flipped
 bit or another shape without a word; with `specs` and `checksums`, `restore_latest_or_initialize` notices.
+Names and shapes are those of `train/checkpoint_layout.py`, for models that stack their blocks and models that do not.
 
 A root has one writer at a time: `Checkpoints` removes the unfinished saves it finds there when a run starts.
 """
@@ -91,17 +92,18 @@ class TensorStoreIO:
 
     def save(self, path: str, state: PyTree, *, metadata: Metadata) -> None:
         from train import checkpoint_arrays as arrays
+        from train import checkpoint_layout as layout
 
         self.wait()
         self._path, self._committed = path, False
-        named = arrays.named_arrays(state)
-        stored = arrays.stored(named)
-        described = {"specs": arrays.specs(named), "versions": files.package_versions()}
-        if self._checksums:
-            described["checksums"] = arrays.checksums(stored)
+        stored = layout.stored_arrays(state)
+        on_disk, sums = arrays.to_disk(stored, checksums=self._checksums)
+        described = {"layout": layout.LAYOUT, "specs": arrays.specs(stored), "versions": files.package_versions()}
+        if sums is not None:
+            described["checksums"] = sums
         with self._errors_named():
             lev.save_checkpoint(
-                stored,
+                on_disk,
                 step=metadata["step"],
                 checkpoint_path=path,
                 manager=self._manager,
@@ -293,15 +295,17 @@ def restore_latest_or_initialize(
       FileNotFoundError: there is no checkpoint, and `require` is set.
     """
     from train import checkpoint_arrays as arrays
+    from train import checkpoint_layout as layout
 
-    wanted = arrays.named_arrays(state_shape)
+    wanted = layout.stored_arrays(state_shape)
     refused: list[str] = []
     for path in files.find_complete(roots):
         loaded, metadata, reason = None, {}, "refused by another process, see its log"
         try:
             metadata = files.read_metadata(path)
+            arrays.check_layout(path, metadata.get("layout", 1))
             arrays.check_specs(path, metadata["specs"], arrays.specs(wanted))
-            loaded = arrays.load(path, wanted, mesh, metadata.get("checksums"))
+            loaded = arrays.load(path, arrays.described(wanted, mesh), mesh, metadata.get("checksums"))
         except arrays.CheckpointMismatchError:
             raise
         except Exception as error:  # whatever TensorStore meets in broken files: ValueError, FileNotFoundError, ...
@@ -309,7 +313,7 @@ def restore_latest_or_initialize(
         everywhere = arrays.true_on_every_process(loaded is not None)
         if loaded is not None and everywhere:
             log.info("resuming from step %d: %s (saved at %s)", metadata["step"], path, metadata["timestamp"])
-            return arrays.rebuild(state_shape, loaded), {**metadata, "path": path}
+            return layout.rebuild(state_shape, loaded, mesh), {**metadata, "path": path}
         refused.append(f"{path}: {reason}")
         log.warning("refusing checkpoint %s", refused[-1])
     places = ", ".join(map(str, roots))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arrays of a checkpoint: their names, how they are described, stored, verified and placed on a mesh."""
+"""The arrays of a checkpoint: how they are described, stored, verified and placed on a mesh."""
 
 import asyncio
 import contextlib
@@ -13,8 +13,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train import lev
+from train.checkpoint_layout import LAYOUT, Stored
 
-PyTree = Any
 Spec = list  # [shape, dtype], as JSON gives it back: [[4, 8], "bfloat16"]
 
 
@@ -22,33 +22,18 @@ class CheckpointMismatchError(ValueError):
     """The newest readable checkpoint holds other arrays than this run: another model or optimizer wrote it."""
 
 
-def named_arrays(state: PyTree) -> dict[str, Any]:
-    """Every leaf under its place in the tree, such as "params/blocks/w_q": its name on disk and in messages.
-
-    Raises:
-      TypeError: a leaf is no array, so that it would not be saved.
-      ValueError: two leaves have the same name.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    if len(named) < len(leaves):
-        raise ValueError(
-            f"checkpoint: {len(leaves)} arrays have only {len(named)} names. Take the '/' out of dict keys."
-        )
-    for name, leaf in named.items():
-        if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-            raise TypeError(
-                f"checkpoint: {name} is of type {type(leaf).__name__}. Only arrays are saved: use jnp.asarray."
-            )
-    return named
-
-
-def rebuild(state_shape: PyTree, arrays: dict[str, jax.Array]) -> PyTree:
-    return jax.tree.unflatten(jax.tree.structure(state_shape), [arrays[name] for name in named_arrays(state_shape)])
-
-
 def specs(arrays: dict[str, Any]) -> dict[str, Spec]:
     return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in arrays.items()}
+
+
+def check_layout(path: str, layout: int) -> None:
+    """Raises CheckpointMismatchError where the checkpoint at `path` was written in another layout than `LAYOUT`."""
+    if layout != LAYOUT:
+        raise CheckpointMismatchError(
+            f"checkpoint {path} has layout {layout} of names and shapes, and this version reads layout {LAYOUT}. It is"
+            " left as it is, and is not converted. Go on with the version of this project that wrote it, or choose"
+            " another output path to train from scratch."
+        )
 
 
 def check_specs(path: str, found: dict[str, Spec], wanted: dict[str, Spec]) -> None:
@@ -69,9 +54,34 @@ def check_specs(path: str, found: dict[str, Spec], wanted: dict[str, Spec]) -> N
     )
 
 
-def stored(arrays: dict[str, Any]) -> dict[str, Any]:
-    """What goes to disk: of a typed key its uint32 words, every other array as it is."""
-    return {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in arrays.items()}
+def to_disk(stored: dict[str, Stored], *, checksums: bool) -> tuple[dict[str, jax.Array], dict[str, int] | None]:
+    """What goes to disk, and its checksums where asked for: of a typed key its uint32 words, other arrays as they are.
+
+    What is made here, the stacked blocks of a tuple, goes to the host's memory array by array: the devices never hold
+    more than one of them beside the state.
+    """
+    arrays, sums = {}, {}
+    for name, array in stored.items():
+        arrays[name], sums[name] = _to_disk(array, checksum=checksums)
+    return arrays, _as_ints(sums) if checksums else None
+
+
+def _to_disk(stored: Stored, *, checksum: bool) -> tuple[jax.Array, jax.Array | None]:
+    joined = stored.joined()
+    array = jax.random.key_data(joined) if _is_key(joined) else joined
+    value = _checksum(array) if checksum else None
+    if not stored.is_leaf:
+        on_host = array.sharding.with_memory_kind("pinned_host")
+        array = jax.block_until_ready(jax.device_put(array, on_host))
+    return array, value
+
+
+def described(stored: dict[str, Stored], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """What to `load`, with shardings on `mesh`."""
+    return {
+        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding_on(mesh))
+        for name, array in stored.items()
+    }
 
 
 def load(
@@ -122,7 +132,11 @@ def _failed_reads_end() -> Iterator[None]:
 
 
 def checksums(arrays: dict[str, jax.Array]) -> dict[str, int]:
-    return {name: int(value) for name, value in jax.device_get(jax.tree.map(_checksum, arrays)).items()}
+    return _as_ints(jax.tree.map(_checksum, arrays))
+
+
+def _as_ints(sums: dict[str, jax.Array]) -> dict[str, int]:
+    return {name: int(value) for name, value in jax.device_get(sums).items()}
 
 
 @jax.jit

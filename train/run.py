@@ -39,7 +39,7 @@ class Choose:
     preset: str = "laptop"
     # A YAML file with fields of the launch configuration.
     config: Path | None = None
-    # The folder of a stopped run: its own configuration and its newest valid checkpoint.
+    # The folder of a stopped run: its own variant, unless one is named, its configuration and newest valid checkpoint.
     resume: Path | None = None
 
 
@@ -73,17 +73,15 @@ def _explains_itself(error: Exception) -> bool:
 def _chosen(argv: list[str], variant: str | None) -> tuple[Choose, Any]:
     """The flags that decide where the others start from, and that start: preset, then file or stopped run."""
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    flags.add_argument("--variant", default=variant or "base")
+    flags.add_argument("--variant")
     flags.add_argument("--stacked", action="store_true")
     flags.add_argument("--preset", default="laptop")
     flags.add_argument("--config", type=Path)
     flags.add_argument("--resume", type=Path)
     known, _ = flags.parse_known_args(argv)
-    saved = None
-    if known.resume:
-        known.variant, saved = read_config(known.resume)
-    elif known.stacked:
-        known.variant = "array_stacked"
+    named = "array_stacked" if known.stacked else known.variant or variant
+    began, saved = read_config(known.resume) if known.resume else ("base", None)
+    known.variant = named or began
     chosen = Choose(**vars(known))
     presets = _launch(chosen.variant, argv).PRESETS
     if chosen.preset not in presets:

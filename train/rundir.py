@@ -113,6 +113,8 @@ def _say_what_changed(run: RunDir, config: Any, began: dict[str, Any]) -> None:
         return
     if config.run_id and not run.run_id.startswith(config.run_id):
         say(f"warning: {run.path} is the folder of {run.run_id}, which keeps its name: not {config.run_id}.")
+    if began["variant"] != run.variant:
+        say(f"warning: {run.run_id} goes on as {run.variant}; it was {began['variant']} when the run began.")
     old, new = flat(_versioned(began["config"])), flat(_versioned(as_dict(config)))
     for name in sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)):
         say(f"warning: {run.run_id} goes on with {name} = {new.get(name)}; it was {old.get(name)} when the run began.")

@@ -111,6 +111,16 @@ def test_a_run_without_a_checkpoint_cannot_be_resumed(launched, monkeypatch):
     fails(run("--resume", "runs/empty"), "there is no complete checkpoint under runs/empty/checkpoints")
 
 
+def test_a_stopped_run_goes_on_as_its_own_variant_or_as_the_one_that_is_named(launched):
+    run(*flags(), "--run-id", "stopped")
+    open_run(*launched[0]).write_config(launched[0][1])
+    commands = [[], ["--stacked"], ["--variant", "base"]]
+    for command in commands:
+        assert run("--resume", "runs/stopped", *command).code == 0
+    assert [variant for variant, _ in launched[1:]] == ["array_stacked", "array_stacked", "base"]
+    assert {config.model.hidden_dim for _, config in launched} == {16}
+
+
 def test_sizes_that_do_not_fit_are_refused_before_anything_is_written():
     fails(run(*flags({"--model.num-heads": 5, "--model.num-kv-heads": 2})), "num_heads=5", "num_kv_heads=2")
     fails(run(*flags({"--trainer.seq-len": 33})), "trainer.seq_len=33 is longer than model.max_seq_len=32")

@@ -75,20 +75,46 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_arrays_that_differ(st
     assert code == 2, text
     assert "warning: straight goes on with model.hidden_dim = 32; it was 16 when the run began." in text
     assert "checkpoint runs/straight/checkpoints/step-6 is of another model or optimizer" in text
-    assert "float32[16] there, float32[32] here" in text
+    assert "float32[2, 16] there, float32[2, 32] here" in text
     # The folder is still that of the model that it holds.
     assert run("--resume", "runs/straight").code == 0
 
 
-def test_a_run_may_start_from_the_checkpoint_of_another(straight):
-    code, text = run_base("heir", "--trainer.load-checkpoint-path", "runs/straight/checkpoints/step-6")
+@pytest.mark.parametrize("variant", ["base", "array_stacked"])
+def test_a_run_may_start_from_the_checkpoint_of_another(straight, variant):
+    origin = "runs/straight/checkpoints/step-6"
+    code, text = run(
+        "--variant", variant, *flags()[1:], "--run-id", f"{variant}-heir", "--trainer.load-checkpoint-path", origin
+    )
     assert code == 0, text
-    assert "resuming from step 6: runs/straight/checkpoints/step-6" in text
-    path = straight.with_name("heir")
+    assert f"resuming from step 6: {origin}" in text
+    path = straight.with_name(f"{variant}-heir")
     assert arrays_of(path / "checkpoints/step-6") == arrays_of(straight / "checkpoints/step-6")
+
+
+def test_a_checkpoint_that_must_be_there_and_is_not_is_an_error(straight):
     code, text = run_base("orphan", "--trainer.load-checkpoint-path", "runs/nobody", "--trainer.load-checkpoint")
     assert code == 2
     assert "there is no complete checkpoint under runs/orphan/checkpoints, runs/nobody" in text
+
+
+def test_a_run_goes_on_as_another_variant_where_one_is_named(straight):
+    """Both variants save the same arrays; each rounds in its own way."""
+    path = copied(straight, "other", without=(6,))
+    code, text = run("--resume", "runs/other", "--stacked")
+    assert code == 0, text
+    assert "warning: straight goes on as array_stacked; it was base when the run began." in text
+    assert "resuming from step 3: runs/other/checkpoints/step-3" in text
+    losses = [dict(read_history(run_dir).series("train/loss")) for run_dir in (path, straight)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    # The next start need not be told again, and a model with other arrays is refused.
+    code, text = run("--resume", "runs/other")
+    assert (code, "goes on as" in text) == (0, False), text
+    code, text = run("--resume", "runs/other", "--variant", "attn_sink")
+    assert code == 2, text
+    assert "warning: straight goes on as attn_sink; it was array_stacked when the run began." in text
+    assert "params/blocks/attention/sinks: nothing there, float32[2, 2] here" in text
+    assert run("--resume", "runs/other").code == 0
 
 
 def interrupt(at_call: int, function):
