@@ -192,10 +192,11 @@ def of_step(variant: str, config: Any, topology: Topology) -> list[Finding]:
     Raises:
       ValueError: the variant has no stack, or was refused.
     """
-    with step.compiling_step(variant, config, topology, levanter=False, schedules=False) as (record, program):
+    with topology.targeted(topology.mesh(model=config.trainer.model_axis)):
         leaves = stacked_leaves("state.params", step.abstract_state(variant, config).params)
-        if not leaves:
-            raise ValueError(f"stack_copies: {variant} has no ArrayStacked among its parameters; try array_stacked.")
+    if not leaves:
+        raise ValueError(f"stack_copies: {variant} has no ArrayStacked among its parameters; try array_stacked.")
+    with step.compiling_step(variant, config, topology, levanter=False, schedules=False) as (record, program):
         if program is None:
             raise ValueError(f"stack_copies: {variant} does not compile for {topology.name}: {record.refusal}")
         return stack_copies(program.module, leaves)

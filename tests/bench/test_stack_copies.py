@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from bench.tpu import hlo, stack_copies
+from bench.tpu import hlo, stack_copies, step
 from bench.tpu.record import compiling
 from bench.tpu.stack_copies import Finding, StackedLeaf
 from bench.tpu.topology import LIBTPU_IS_MISSING, has_libtpu, tpu_topology
@@ -200,8 +200,8 @@ def findings_of(forward: Callable[..., Any], dtype: Any) -> list[Finding]:
     params = {"w": jax.ShapeDtypeStruct((LAYERS, NARROW, WIDE), dtype, sharding=split)}
     x = jax.ShapeDtypeStruct((2048, NARROW), jnp.bfloat16, sharding=jax.NamedSharding(mesh, P("data", None)))
     leaf = StackedLeaf("params['w']", (LAYERS, NARROW, WIDE), (LAYERS, NARROW // 4, WIDE))
-    step = jax.jit(descend, donate_argnums=0)
-    with topology.targeted(mesh), compiling(step, params, x, topology=topology) as (record, program):
+    descending = jax.jit(descend, donate_argnums=0)
+    with topology.targeted(mesh), compiling(descending, params, x, topology=topology) as (record, program):
         assert program, record.refusal
         return stack_copies.stack_copies(program.module, [leaf])
 
@@ -225,6 +225,24 @@ def test_a_scan_over_the_stack_has_no_copies():
 def test_a_planted_copy_is_found(forward, dtype, cause):
     findings = findings_of(forward, dtype)
     assert [finding for finding in findings if finding.cause.startswith(cause)], findings
+
+
+@needs_libtpu
+@pytest.mark.parametrize("remat", ["none", "full", "save_attention"])
+def test_the_stacked_variants_step_casts_and_keeps_no_stack(remat):
+    """Float32 parameters that layers read as bfloat16: XLA cast all of them in front of both loops, and remat="none"
+    kept those casts once more. What is left is XLA's choice of layouts: it turns w_q as a whole in some programs."""
+    sizes = {"num_layers": 5, "hidden_dim": 128, "intermediate_dim": 448, "vocab_size": 1024, "max_seq_len": 256}
+    config = step.template("array_stacked", model=sizes | {"remat": remat}, trainer={"batch_size": 4, "seq_len": 256})
+    findings = stack_copies.of_step("array_stacked", config, tpu_topology("v5p:2x2x1"))
+    turned = [finding for finding in findings if finding.opcode == "copy" and finding.leaf.endswith(".w_q")]
+    assert findings == turned
+
+
+@needs_libtpu
+def test_a_variant_without_a_stack():
+    with pytest.raises(ValueError, match="base has no ArrayStacked among its parameters"):
+        stack_copies.of_step("base", step.template("base"), tpu_topology("v5p:2x2x1"))
 
 
 FINDING = Finding("state.params.w", "convert.1", "convert", "bf16[6,8]", 96, "", "The stack is cast.")
