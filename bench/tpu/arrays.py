@@ -25,6 +25,18 @@ def layout_of(shape: str) -> str:
     return (match[3] if match else None) or "{}"
 
 
+def printed_arrays(shape: str) -> list[str]:
+    """Each array in a printed type, with its layout."""
+    return [match[0] for match in _ARRAY.finditer(shape)]
+
+
+def extents_of(array: str) -> tuple[int, ...]:
+    """Of the first array in a printed shape: bf16[8,64]{1,0} is (8, 64)."""
+    match = _ARRAY.search(array)
+    assert match is not None, array
+    return _extents(match)
+
+
 def all_bytes_of(shape: str) -> int:
     """Of all arrays in a printed type such as (bf16[8,64]{1,0:T(8,128)(2,1)}, f32[]), semaphores left out."""
     return sum(_bytes(match) for match in _ARRAY.finditer(shape) if "S(2)" not in (match[3] or ""))

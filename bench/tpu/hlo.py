@@ -49,7 +49,7 @@ class Instruction:
     def op_name(self) -> str:
         """The path of JAX's names that the instruction comes from: jit(step)/while/body/dot_general."""
         found = re.search(r'op_name="([^"]*)"', self.rest)
-        return found[1] if found else ""
+        return found[1].replace("\\'", "'") if found else ""
 
     @property
     def estimated_cycles(self) -> int | None:
@@ -136,8 +136,8 @@ class Module:
             values = None
             if instruction.opcode == "constant":
                 values = arrays.constant(instruction.shape, instruction.rest.split(")")[0])
-            elif _is_element(instruction) and (instruction.operands[0], _index(instruction)) in passed:
-                known[instruction.name] = passed[instruction.operands[0], _index(instruction)]
+            elif _is_element(instruction) and (instruction.operands[0], element_index(instruction)) in passed:
+                known[instruction.name] = passed[instruction.operands[0], element_index(instruction)]
             elif instruction.opcode in _CARRIED and instruction.operands and instruction.operands[0] in known:
                 values = arrays.reshaped(known[instruction.operands[0]][0], instruction.shape)
             if values is not None:
@@ -157,7 +157,7 @@ class Module:
     def _handed_on(self, body: str) -> list[tuple[int, str]]:
         """(index, name) of the elements of a loop's state that its body reads and returns as they are."""
         instructions = self.computations[body]
-        elements = {i.name: _index(i) for i in instructions if _is_element(i)}
+        elements = {i.name: element_index(i) for i in instructions if _is_element(i)}
         result = next((i for i in instructions if i.is_root), instructions[-1])
         unchanged = {index for index, name in enumerate(result.operands) if elements.get(name) == index}
         return [(index, name) for name, index in elements.items() if index in unchanged]
@@ -167,7 +167,7 @@ def _is_element(instruction: Instruction) -> bool:
     return instruction.opcode == "get-tuple-element"
 
 
-def _index(element: Instruction) -> int:
+def element_index(element: Instruction) -> int:
     found = re.search(r", index=(\d+)", element.rest)
     assert found is not None, element
     return int(found[1])

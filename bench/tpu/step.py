@@ -78,7 +78,7 @@ def step_record(variant: str, config: Any, topology: Topology, *, levanter: bool
     Raises:
       ValueError: the batch does not divide over the topology's devices.
     """
-    with _compiling_step(variant, config, topology, levanter, schedules=False) as (record, _):
+    with compiling_step(variant, config, topology, levanter, schedules=False) as (record, _):
         return record
 
 
@@ -89,7 +89,7 @@ def predicted_step(
     trainer = config.trainer
     rows = trainer.batch_size // topology.mesh(model=trainer.model_axis).shape["data"]
     tables = {} if levanter else attention_tables(rows, trainer.seq_len)
-    with _compiling_step(variant, config, topology, levanter, schedules=True) as (record, program):
+    with compiling_step(variant, config, topology, levanter, schedules=True) as (record, program):
         if program is None:
             return record, None
         prediction = schedule.read(record, program, tables)
@@ -97,9 +97,10 @@ def predicted_step(
 
 
 @contextlib.contextmanager
-def _compiling_step(
+def compiling_step(
     variant: str, config: Any, topology: Topology, levanter: bool, schedules: bool
 ) -> Iterator[tuple[Record, Program | None]]:
+    """As `step_record`, with the program; see `record.compiling`."""
     train = importlib.import_module(f"grug_model.{variant}.train")
     trainer = config.trainer
     mesh = topology.mesh(model=trainer.model_axis)
@@ -111,13 +112,20 @@ def _compiling_step(
     optimizer = config.optimizer.build(trainer.steps, matrix_axes=train.matrix_axes)
     pieces = levanter_grug.in_place_of_ours(variant, tpu=topology.devices) if levanter else contextlib.nullcontext()
     with topology.targeted(mesh), pieces:
-        state = jax.eval_shape(
-            lambda: train.init_train_state(config.model, optimizer, trainer, key=jax.random.key(trainer.seed))
-        )
+        state = abstract_state(variant, config)
         batch = abstract_batch(mesh, trainer.batch_size, trainer.seq_len)
         train_step = train.make_train_step(optimizer, trainer)
         with compiling(train_step, state, batch, topology=topology, schedules=schedules) as compiled:
             yield compiled
+
+
+def abstract_state(variant: str, config: Any) -> Any:
+    """The shapes and shardings of the variant's state, on the mesh that is set."""
+    train = importlib.import_module(f"grug_model.{variant}.train")
+    optimizer = config.optimizer.build(config.trainer.steps, matrix_axes=train.matrix_axes)
+    return jax.eval_shape(
+        lambda: train.init_train_state(config.model, optimizer, config.trainer, key=jax.random.key(config.trainer.seed))
+    )
 
 
 def attention_tables(rows: int, seq_len: int) -> ScalarOperands:

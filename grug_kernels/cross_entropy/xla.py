@@ -70,6 +70,9 @@ def _forward_with_gradients(hidden, lm_head, labels, weight, settings: LossSetti
 def scale_gradients(_, gradients, cotangents):
     dloss, _, _ = cotangents  # the parts are for looking at
     dhidden, dlm_head, dweight = ((dloss * gradient).astype(gradient.dtype) for gradient in gradients)
+    # The sum over devices before the layers' backward pass: after it, a scan of layers would run beside the whole
+    # float32 gradient, where only a shard of it in lm_head's dtype is wanted.
+    dhidden, dlm_head = lax.optimization_barrier((dhidden, dlm_head))
     return dhidden, dlm_head, None, dweight
 
 

@@ -35,12 +35,14 @@ _POLICIES: dict[str, Policy] = {
     "nested": policies.nothing_saveable,
 }
 
-# Made number by number, which costs nothing where XLA fuses it into what reads it.
+# Made number by number, which costs nothing where XLA fuses it into what reads it; and, of `scan.py`, a layer's slice
+# of the parameters, which are there anyway.
 # fmt: off
 _CHEAP = {
-    "add", "add_any", "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "cos", "div", "exp",
-    "integer_pow", "log", "logistic", "max", "min", "mul", "neg", "pow", "reshape", "rsqrt", "select_n", "sign", "sin",
-    "slice", "split", "sqrt", "square", "squeeze", "sub", "tanh", "transpose",
+    "add", "add_any", "bitcast_convert_type", "broadcast_in_dim", "concatenate", "convert_element_type", "copy",
+    "cos", "custom_jvp_call", "div", "exp", "integer_pow", "log", "logistic", "max", "min", "mul", "neg",
+    "optimization_barrier", "pow", "reshape", "rsqrt", "select_n", "sign", "sin", "slice", "split", "sqrt",
+    "square", "squeeze", "sub", "tanh", "transpose",
 }
 # fmt: on
 

@@ -22,7 +22,11 @@ def scan_layers(
     per_layer: leaves [num_layers, ...], or None.
     """
     types = len(segments)
-    kept = rematerialised(layer, remat, in_scan=True)
+
+    def sliced_layer(carry: Any, block: Any, extras: tuple[Any, ...]) -> tuple[Any, Any]:
+        return layer(carry, jax.tree.map(_as_sliced, block), extras)
+
+    kept = rematerialised(sliced_layer, remat, in_scan=True)
 
     def cycle(carry: Any, xs: Any) -> tuple[Any, Any]:
         blocks, of_layers = xs
@@ -65,6 +69,23 @@ def _scan_groups(body: Callable[..., Any], carry: Any, xs: Any, *, unroll: int) 
     grouped = jax.tree.map(lambda leaf: _split_leading(leaf, group_size), xs)
     carry, outputs = jax.lax.scan(rematerialised(group, "full", in_scan=True), carry, grouped)
     return carry, jax.tree.map(_merge_leading, outputs)
+
+
+def _as_sliced(leaf: jax.Array) -> jax.Array:
+    """A float32 parameter of one layer, as it is. Where layers only read it as bfloat16, XLA for TPUs would cast all
+    layers of it in front of the loop and keep both; it does not look through integers."""
+    return _by_bits(leaf) if leaf.dtype == jnp.float32 else leaf
+
+
+@jax.custom_jvp
+def _by_bits(leaf: jax.Array) -> jax.Array:
+    bits = jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(leaf, jnp.uint32))
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+@_by_bits.defjvp
+def _by_bits_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    return _by_bits(*primals), tangents[0]
 
 
 def _split_leading(leaf: jax.Array, inner: int) -> jax.Array:
