@@ -4,7 +4,7 @@
 Sizes: compile time goes first with the number of operations. Twelve unrolled layers of hidden_dim 128 take libtpu 25
 CPU seconds, of 256 30, of 512 at seq_len 1024 and a vocabulary of 32768 72. 48 unrolled layers for v5p: 98 at 128, on
 one core nearly all of the time, 140 at 256.
-The 130M template itself is for `python -m bench.tpu.step`.
+The 130M template itself is for `python -m train.plan`.
 Memory: 3.3 GB of this machine for each chip while 48 unrolled layers compile.
 """
 
