@@ -77,7 +77,7 @@ def write(results: Results, out: Path, before: Results | None = None) -> tuple[P
     out.mkdir(parents=True, exist_ok=True)
     drawn = pictures(results.rows)
     write_atomically(out / "report.html", page(results, drawn, before))
-    return out / "report.html", _write_pngs(drawn, out)
+    return out / "report.html", write_pngs(drawn, out)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(path)
 
 
-def _write_pngs(drawn: Sequence[Picture], out: Path) -> list[Path]:
+def write_pngs(drawn: Sequence[Picture], out: Path) -> list[Path]:
     try:
         if drawn and not charts.has_fonts():
             log.warning("the PNG files have no letters, this machine has no fonts: apt-get install fonts-dejavu-core")

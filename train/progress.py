@@ -24,22 +24,22 @@ class StatusLine:
 
     def __init__(self, stream: TextIO | None = None):
         self._stream = stream or sys.stderr
-        self._in_place = self._stream.isatty()
+        self.in_place = self._stream.isatty()
         self._shown_at = float("-inf")
 
     def show(self, text: str) -> None:
         """Shows `text` unless another was shown a moment ago."""
         now = perf_counter()
-        if now - self._shown_at >= (REDRAW_SECONDS if self._in_place else PRINT_SECONDS):
+        if now - self._shown_at >= (REDRAW_SECONDS if self.in_place else PRINT_SECONDS):
             self._shown_at = now
-            self._write(text, "" if self._in_place else "\n")
+            self._write(text, "" if self.in_place else "\n")
 
     def keep(self, text: str) -> None:
         """Shows `text` for good; what is shown next goes below."""
         self._write(text, "\n")
 
     def _write(self, text: str, end: str) -> None:
-        if self._in_place:
+        if self.in_place:
             columns = _columns(self._stream)
             # Back to the first column, and clear what a longer text has left. A wrapped line could not be redrawn.
             text = f"\r{text if end else text[: columns - 1]}\x1b[K"

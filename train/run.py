@@ -50,11 +50,13 @@ def main(argv: list[str] | None = None, *, variant: str | None = None) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("train").setLevel(logging.INFO)
     try:
-        chosen, start = _chosen(argv, variant)
-        launch = _parsed(argv, chosen, start)
+        chosen, start = choose(argv, Choose(variant=variant or "base"))
+        _, launch = parse(
+            argv, chosen, start, prog="python -m train.run", description="Trains a variant of grug_model/."
+        )
         importlib.import_module(f"grug_model.{chosen.variant}.launch").run(launch)
     except Exception as error:
-        if not _explains_itself(error):
+        if not explains_itself(error):
             raise
         say(f"error: {error}")
         raise SystemExit(2) from None
@@ -62,27 +64,29 @@ def main(argv: list[str] | None = None, *, variant: str | None = None) -> None:
         raise SystemExit(130) from None
 
 
-def _explains_itself(error: Exception) -> bool:
+def explains_itself(error: Exception) -> bool:
     """Whether this project raised it, with a message that says what to do. Anything else needs its traceback."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     file = Path(frame.f_code.co_filename)
-    ours = any(file.is_relative_to(VARIANTS.parent / folder) for folder in ("train", "grug_model", "grug_kernels"))
+    ours = any(
+        file.is_relative_to(VARIANTS.parent / folder) for folder in ("train", "grug_model", "grug_kernels", "bench")
+    )
     return ours and isinstance(error, ValueError | OSError | RuntimeError)
 
 
-def _chosen(argv: list[str], variant: str | None) -> tuple[Choose, Any]:
+def choose[C: Choose](argv: list[str], default: C) -> tuple[C, Any]:
     """The flags that decide where the others start from, and that start: preset, then file or stopped run."""
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     flags.add_argument("--variant")
     flags.add_argument("--stacked", action="store_true")
-    flags.add_argument("--preset", default="laptop")
+    flags.add_argument("--preset", default=default.preset)
     flags.add_argument("--config", type=Path)
     flags.add_argument("--resume", type=Path)
     known, _ = flags.parse_known_args(argv)
-    named = "array_stacked" if known.stacked else known.variant or variant
-    began, saved = read_config(known.resume) if known.resume else ("base", None)
+    named = "array_stacked" if known.stacked else known.variant
+    began, saved = read_config(known.resume) if known.resume else (default.variant, None)
     known.variant = named or began
-    chosen = Choose(**vars(known))
+    chosen = dataclasses.replace(default, **vars(known))
     presets = _launch(chosen.variant, argv).PRESETS
     if chosen.preset not in presets:
         raise ValueError(
@@ -108,23 +112,17 @@ def _fields_in(file: Path) -> dict[str, Any]:
         ) from error
 
 
-def _parsed(argv: list[str], chosen: Choose, start: Any) -> Any:
-    """The launch configuration: `start` with every flag in `argv` applied."""
+def parse[C: Choose](argv: list[str], chosen: C, start: Any, *, prog: str, description: str) -> tuple[C, Any]:
+    """`chosen` and the launch configuration `start` with every flag in `argv` applied."""
     everything = dataclasses.make_dataclass(
         "Everything",
         [
-            ("choose", Annotated[Choose, tyro.conf.arg(name="")]),
+            ("choose", Annotated[type(chosen), tyro.conf.arg(name="")]),
             ("launch", Annotated[type(start), tyro.conf.arg(name="")]),
         ],
     )
-    default = everything(chosen, start)
-    return tyro.cli(
-        everything,
-        default=default,
-        args=argv,
-        prog="python -m train.run",
-        description="Trains a variant of grug_model/.",
-    ).launch
+    parsed = tyro.cli(everything, default=everything(chosen, start), args=argv, prog=prog, description=description)
+    return parsed.choose, parsed.launch
 
 
 def _launch(variant: str, argv: list[str]) -> Any:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import jax
 from jax._src.interpreters import pxla  # what jax compiles a lowered function with; the jax version is pinned
 
+from bench.tpu.buffers import Layout, read_layout
 from bench.tpu.topology import Topology
 from grug_kernels import dispatch
 
@@ -31,6 +32,8 @@ _ROOT = Path(__file__).parents[2]
 
 # Text of each kernel, of the last passes only: all of them would be 100 MB for one attention kernel.
 _DUMP_FLAGS = "--xla_jf_dump_to={0} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final|dedup"
+# Of the module as a whole: where its buffers lie, written before the compiler refuses what does not fit.
+_XLA_DUMP_FLAGS = "--xla_dump_to={0}/xla --xla_dump_hlo_as_text"
 _PARTS = ("final_bundles", "final_hlo-static-per-bundle-utilization", "pre-finalize-registers-and-allocations")
 
 
@@ -52,11 +55,14 @@ class Refusal:
 
 
 class Refused(RuntimeError):
-    """A stage does not take the function; the message is its own."""
+    """A stage does not take the function; the message is its own.
 
-    def __init__(self, refusal: Refusal, message: str):
+    hlo, layout: what the compiler had made of it by then, where it was asked to dump and had come so far.
+    """
+
+    def __init__(self, refusal: Refusal, message: str, hlo: str | None = None, layout: Layout | None = None):
         super().__init__(message)
-        self.refusal = refusal
+        self.refusal, self.hlo, self.layout = refusal, hlo, layout
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ class KernelFiles:
 class Compiled:
     """hlo: the optimised module. memory: bytes of one device by use, as `worker.MEMORY` names them. seconds: of the
     compiler, wall clock; cpu_seconds: of all cores together. aliases: kernel -> the equal one dumped for it. Schedules
-    are in `directory`, if they were asked for."""
+    are in `directory`, and `layout` is there, if they were asked for."""
 
     hlo: str
     memory: dict[str, int]
@@ -98,6 +104,7 @@ class Compiled:
     cpu_seconds: float
     directory: Path
     aliases: dict[str, str]
+    layout: Layout | None = None
 
     def kernel(self, name: str) -> tuple[str, KernelFiles] | None:
         """(dumped name, program) of an HLO instruction; None where it has no program (a copy, a parameter)."""
@@ -178,7 +185,7 @@ def lower(traced: Any, topology: Topology) -> Lowered:
 def compiled(lowered: Lowered, *, schedules: bool) -> Iterator[Compiled]:
     """Compiles in a process and a temporary directory of its own, deleted on leaving.
 
-    schedules: dump them, which makes compiling slower.
+    schedules: dump them and where buffers lie, which makes compiling slower.
 
     Raises Refused with the compiler's message, or where it crashed.
     """
@@ -188,19 +195,24 @@ def compiled(lowered: Lowered, *, schedules: bool) -> Iterator[Compiled]:
         request = {field: value for field, value in vars(lowered).items() if field != "module"}
         (directory / "request.json").write_text(json.dumps(request))
         _run_worker(directory, lowered.topology, schedules)
+        layout = read_layout(directory / "xla")
         if (refusal := directory / "refusal.txt").exists():
             message = refusal.read_text()
-            raise Refused(Refusal.of("compile", jax.errors.JaxRuntimeError(message)), f"{lowered.topology}: {message}")
+            reason = Refusal.of("compile", jax.errors.JaxRuntimeError(message))
+            module = next((directory / "xla").glob("*.after_optimizations.txt"), None)
+            raise Refused(reason, f"{lowered.topology}: {message}", module and module.read_text(), layout)
         facts = json.loads((directory / "facts.json").read_text())
         hlo = (directory / "hlo.txt").read_text()
-        yield Compiled(hlo, **facts, directory=directory, aliases=read_aliases(directory))
+        yield Compiled(hlo, **facts, directory=directory, aliases=read_aliases(directory), layout=layout)
 
 
 def _run_worker(directory: Path, topology: str, schedules: bool) -> None:
     flags = [os.environ.get("LIBTPU_INIT_ARGS", ""), _DUMP_FLAGS.format(directory) if schedules else ""]
+    xla_flags = [os.environ.get("XLA_FLAGS", ""), _XLA_DUMP_FLAGS.format(directory) if schedules else ""]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")])),
         "LIBTPU_INIT_ARGS": " ".join(filter(None, flags)),
+        "XLA_FLAGS": " ".join(filter(None, xla_flags)),
         "JAX_PLATFORMS": "cpu",
         # One process may hold a chip; here is no chip to hold, and compiles may run side by side.
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",

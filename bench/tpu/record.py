@@ -12,10 +12,11 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.timing import commit
 from bench.tpu import dump, hlo
+from bench.tpu.buffers import Layout
 from bench.tpu.collectives import Collectives, collectives
 from bench.tpu.dump import Refusal, Stage
 from bench.tpu.hbm import Hbm, read_hbm
@@ -31,12 +32,20 @@ _REFUSALS: dict[Stage, type[Exception]] = {
 }
 
 
+class LaidOut(NamedTuple):
+    """A module as compiled, and where its buffers lie."""
+
+    module: hlo.Module
+    layout: Layout
+
+
 @dataclass
 class Record:
     """One compile. What a refusal kept from being known is None, or not in `seconds`.
 
     seconds: wall clock of each stage. compile_cpu_seconds: of all cores together; it stays put when others use them.
     stablehlo_lines, stablehlo_bytes: of the program as jax hands it over.
+    laid_out: where the compiler was asked to dump; of a program refused for its size too.
     """
 
     topology: Topology
@@ -48,6 +57,7 @@ class Record:
     hbm: Hbm | None = None
     collectives: Collectives | None = None
     refusal: Refusal | None = None
+    laid_out: LaidOut | None = None
 
     def row(self) -> dict[str, Any]:
         """Flat, for the `extra_info` of a benchmark."""
@@ -124,18 +134,20 @@ def compiling(
     topology: Topology,
     schedules: bool = False,
     trips: hlo.Trips | None = None,
+    say: Callable[[str], None] = lambda stage: None,
 ) -> Iterator[tuple[Record, Program | None]]:
     """As `compile_record`, with the program, None where it was refused; its files are deleted on leaving.
 
-    schedules: have the compiler dump them. trips: see `hlo.Trips`.
+    schedules: have the compiler dump them. trips: see `hlo.Trips`. say: is told each stage as it begins.
     """
     record = Record(topology)
     with contextlib.ExitStack() as stack:
         program = None
         try:
-            program = _compile(record, function, args, schedules, trips, stack)
+            program = _compile(record, function, args, schedules, trips, say, stack)
         except dump.Refused as refused:
             record.refusal = refused.refusal
+            record.laid_out = _laid_out(hlo.parse(refused.hlo) if refused.hlo else None, refused.layout)
         yield record, program
 
 
@@ -145,19 +157,28 @@ def _compile(
     args: Any,
     schedules: bool,
     trips: hlo.Trips | None,
+    say: Callable[[str], None],
     stack: contextlib.ExitStack,
 ) -> Program:
     topology = record.topology
     with dump.targeting(topology), dispatch.recording() as record.choices:
+        say("trace")
         traced = _attempt(record, "trace", lambda: dump.trace(function, args))
+        say("lower")
         lowered = _attempt(record, "lower", lambda: dump.lower(traced, topology))
     record.stablehlo_lines, record.stablehlo_bytes = lowered.lines, lowered.size
+    say("compile")
     compiled = stack.enter_context(dump.compiled(lowered, schedules=schedules))
     record.seconds["compile"], record.compile_cpu_seconds = compiled.seconds, compiled.cpu_seconds
     module = hlo.parse(compiled.hlo, trips)
     record.hbm = read_hbm(module, compiled.memory, topology.available_hbm_bytes)
     record.collectives = collectives(module)
+    record.laid_out = _laid_out(module, compiled.layout)
     return Program(lowered, compiled, module)
+
+
+def _laid_out(module: hlo.Module | None, layout: Layout | None) -> LaidOut | None:
+    return LaidOut(module, layout) if module and layout else None
 
 
 def _attempt(record: Record, stage: Stage, call: Callable[[], Any]) -> Any:

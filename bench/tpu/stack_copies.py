@@ -22,6 +22,7 @@ from bench.tpu.hlo import Instruction
 from bench.tpu.origins import Origins, Scope, scopes
 from bench.tpu.topology import Topology, tpu_topology
 from grug_kernels.stacked import ArrayStacked
+from train.run import VARIANTS
 
 # They name memory that is there already. An asynchronous operation counts where it ends.
 _NAMES_ONLY = {
@@ -193,7 +194,7 @@ def of_step(variant: str, config: Any, topology: Topology) -> list[Finding]:
       ValueError: the variant has no stack, or was refused.
     """
     with topology.targeted(topology.mesh(model=config.trainer.model_axis)):
-        leaves = stacked_leaves("state.params", step.abstract_state(variant, config).params)
+        leaves = stacked_leaves("state.params", step.abstract_state(variant, config, topology).params)
     if not leaves:
         raise ValueError(f"stack_copies: {variant} has no ArrayStacked among its parameters; try array_stacked.")
     with step.compiling_step(variant, config, topology, levanter=False, schedules=False) as (record, program):
@@ -204,7 +205,7 @@ def of_step(variant: str, config: Any, topology: Topology) -> list[Finding]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Find copies of whole stacks in the 130M template's training step.")
-    parser.add_argument("variant", choices=sorted(file.parent.name for file in step.VARIANTS.glob("*/launch.py")))
+    parser.add_argument("variant", choices=sorted(file.parent.name for file in VARIANTS.glob("*/launch.py")))
     parser.add_argument("topology", help="such as v6e or v5p:4x4x4")
     parser.add_argument("--num-layers", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=32)

@@ -1,20 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A variant's training step, compiled for a TPU topology from shapes alone, and how long it is predicted to take.
+"""A variant's training step, compiled for a TPU topology from shapes alone, and how long it is predicted to take."""
 
-    python -m bench.tpu.step array_stacked v5p:2x2x1 --batch-size 32 --predict --picture step.html
-
-does it with the 130M template; `--levanter` with Levanter's attention, loss and stack in the same model.
-"""
-
-import argparse
 import contextlib
 import dataclasses
 import importlib
-import json
-import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,10 +22,8 @@ from bench.tpu import schedule
 from bench.tpu.record import Program, Record, compiling
 from bench.tpu.schedule import Schedule
 from bench.tpu.timeline import ScalarOperands
-from bench.tpu.topology import Topology, tpu_topology
+from bench.tpu.topology import Topology
 from grug_kernels.attention import AttentionMask
-
-VARIANTS = Path(__file__).parent.parent.parent / "grug_model"
 
 
 @dataclass(frozen=True)
@@ -83,22 +74,36 @@ def step_record(variant: str, config: Any, topology: Topology, *, levanter: bool
 
 
 def predicted_step(
-    variant: str, config: Any, topology: Topology, *, levanter: bool = False
+    variant: str,
+    config: Any,
+    topology: Topology,
+    *,
+    levanter: bool = False,
+    say: Callable[[str], None] = lambda stage: None,
 ) -> tuple[Record, StepPrediction | None]:
-    """As `step_record`, and what the step is predicted to take; None where it was refused. Compiles once."""
+    """As `step_record`, and what the step is predicted to take; None where it was refused. Compiles once.
+
+    say: is told each stage as it begins.
+    """
     trainer = config.trainer
     rows = trainer.batch_size // topology.mesh(model=trainer.model_axis).shape["data"]
     tables = {} if levanter else attention_tables(rows, trainer.seq_len)
-    with compiling_step(variant, config, topology, levanter, schedules=True) as (record, program):
+    with compiling_step(variant, config, topology, levanter, schedules=True, say=say) as (record, program):
         if program is None:
             return record, None
+        say("read the schedule")
         prediction = schedule.read(record, program, tables)
         return record, StepPrediction(prediction, trainer.batch_size * trainer.seq_len, topology.num_chips)
 
 
 @contextlib.contextmanager
 def compiling_step(
-    variant: str, config: Any, topology: Topology, levanter: bool, schedules: bool
+    variant: str,
+    config: Any,
+    topology: Topology,
+    levanter: bool,
+    schedules: bool,
+    say: Callable[[str], None] = lambda stage: None,
 ) -> Iterator[tuple[Record, Program | None]]:
     """As `step_record`, with the program; see `record.compiling`."""
     train = importlib.import_module(f"grug_model.{variant}.train")
@@ -112,20 +117,34 @@ def compiling_step(
     optimizer = config.optimizer.build(trainer.steps, matrix_axes=train.matrix_axes)
     pieces = levanter_grug.in_place_of_ours(variant, tpu=topology.devices) if levanter else contextlib.nullcontext()
     with topology.targeted(mesh), pieces:
-        state = abstract_state(variant, config)
+        state = abstract_state(variant, config, topology)
         batch = abstract_batch(mesh, trainer.batch_size, trainer.seq_len)
         train_step = train.make_train_step(optimizer, trainer)
-        with compiling(train_step, state, batch, topology=topology, schedules=schedules) as compiled:
+        with compiling(train_step, state, batch, topology=topology, schedules=schedules, say=say) as compiled:
             yield compiled
 
 
-def abstract_state(variant: str, config: Any) -> Any:
-    """The shapes and shardings of the variant's state, on the mesh that is set."""
+def abstract_state(variant: str, config: Any, topology: Topology) -> Any:
+    """The shapes and shardings of the variant's state, on the mesh that is set.
+
+    Raises ValueError where an axis of the mesh does not divide an extent, with its name.
+    """
     train = importlib.import_module(f"grug_model.{variant}.train")
     optimizer = config.optimizer.build(config.trainer.steps, matrix_axes=train.matrix_axes)
-    return jax.eval_shape(
-        lambda: train.init_train_state(config.model, optimizer, config.trainer, key=jax.random.key(config.trainer.seed))
-    )
+    init = partial(train.init_train_state, config.model, optimizer, config.trainer)
+    try:
+        return jax.eval_shape(lambda: init(key=jax.random.key(config.trainer.seed)))
+    except ValueError as error:
+        found = re.search(r"partitioned (\d+) times, but does not evenly divide the dimension size (\d+)", str(error))
+        if found is None:
+            raise
+        parts, size = map(int, found.groups())
+        names = [f"{name}={size}" for name, value in vars(config.model).items() if value == size]
+        raise ValueError(
+            f"step: {', '.join(names) or f'an axis of {size}'} does not divide over {parts} devices of"
+            f" {topology.name} (model_axis={config.trainer.model_axis}). Choose a multiple of {parts}, or another"
+            " model_axis."
+        ) from error
 
 
 def attention_tables(rows: int, seq_len: int) -> ScalarOperands:
@@ -145,45 +164,3 @@ def abstract_batch(mesh: Mesh, batch_size: int, seq_len: int) -> Example:
         return jax.ShapeDtypeStruct((batch_size, seq_len), dtype, sharding=sharding)
 
     return Example(struct(jnp.int32), struct(jnp.float32), Mask((struct(jnp.int32), struct(jnp.int32))))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Compile the 130M template's training step for a TPU topology.")
-    parser.add_argument("variant", choices=sorted(file.parent.name for file in VARIANTS.glob("*/launch.py")))
-    parser.add_argument("topology", help="such as v6e or v5p:4x4x4")
-    parser.add_argument("--num-layers", type=int, default=6)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--seq-len", type=int, default=4096)
-    parser.add_argument("--levanter", action="store_true", help="with Levanter's attention, loss and stack")
-    parser.add_argument("--predict", action="store_true", help="also read the schedule: how long a step takes")
-    parser.add_argument("--json", type=Path, help="write everything there; implies --predict")
-    parser.add_argument("--picture", type=Path, help="write an HTML page of where the time goes; implies --predict")
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING)
-    logging.getLogger(schedule.__name__).setLevel(logging.ERROR)  # the table has the notes
-    config = template(
-        options.variant,
-        model={"num_layers": options.num_layers},
-        trainer={"batch_size": options.batch_size, "seq_len": options.seq_len},
-    )
-    prediction = None
-    try:
-        topology = tpu_topology(options.topology)
-        if options.predict or options.json or options.picture:
-            record, prediction = predicted_step(options.variant, config, topology, levanter=options.levanter)
-        else:
-            record = step_record(options.variant, config, topology, levanter=options.levanter)
-    except (ValueError, ModuleNotFoundError) as error:
-        parser.error(str(error))  # its message says what to do; a traceback would hide it
-    print(record)
-    if prediction:
-        print(prediction)
-    if options.json:
-        options.json.write_text(json.dumps(record.row() | (prediction.to_json() if prediction else {}), indent=1))
-    if options.picture and prediction:
-        title = f"{'levanter ' if options.levanter else ''}{options.variant}"
-        options.picture.write_text(schedule.page({title: prediction.schedule}, shown=5))
-
-
-if __name__ == "__main__":
-    main()

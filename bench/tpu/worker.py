@@ -24,9 +24,9 @@ MEMORY = {
     "argument": "argument_size_in_bytes",
     "output": "output_size_in_bytes",
     "alias": "alias_size_in_bytes",
-    "temp": "temp_size_in_bytes",
     "code": "generated_code_size_in_bytes",
     "peak": "peak_memory_in_bytes",
+    "total": "total_allocation_bytes",
 }
 
 

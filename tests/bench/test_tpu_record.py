@@ -208,24 +208,6 @@ def test_a_variants_step_compiles_from_shapes_alone():
     }
 
 
-def test_the_command_compiles_what_it_was_asked_for(monkeypatch, capsys):
-    def fake(variant, config, topology, *, levanter):
-        refusal = f"{variant} {config.model.num_layers} {config.trainer.batch_size} {config.trainer.seq_len}"
-        return Record(topology, refusal=Refusal("compile", "Error", refusal))
-
-    monkeypatch.setattr(step, "step_record", fake)
-    monkeypatch.setattr("sys.argv", ["step", "base", "v5p", "--num-layers", "7", "--batch-size", "8"])
-    step.main()
-    assert "unsupported: compile raised Error: base 7 8 4096" in capsys.readouterr().out
-
-
-def test_the_command_says_what_is_wrong_without_a_traceback(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["step", "base", "v9"])
-    with pytest.raises(SystemExit):
-        step.main()
-    assert "'v9' is no TPU that can be compiled for" in capsys.readouterr().err
-
-
 @pytest.fixture(scope="module")
 def schedule_of_four() -> tuple[Record, Schedule]:
     topology = tpu_topology("v6e")
