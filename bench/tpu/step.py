@@ -15,7 +15,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,8 @@ from bench.tpu.schedule import Schedule
 from bench.tpu.timeline import ScalarOperands
 from bench.tpu.topology import Topology, tpu_topology
 from grug_kernels.attention import AttentionMask
+from train.config import Offload
+from train.offload import shapes_of
 
 VARIANTS = Path(__file__).parent.parent.parent / "grug_model"
 
@@ -111,7 +113,7 @@ def _compiling_step(
     optimizer = config.optimizer.build(trainer.steps, matrix_axes=train.matrix_axes)
     pieces = levanter_grug.in_place_of_ours(variant, tpu=topology.devices) if levanter else contextlib.nullcontext()
     with topology.targeted(mesh), pieces:
-        state = jax.eval_shape(
+        state = shapes_of(
             lambda: train.init_train_state(config.model, optimizer, trainer, key=jax.random.key(trainer.seed))
         )
         batch = abstract_batch(mesh, trainer.batch_size, trainer.seq_len)
@@ -146,6 +148,8 @@ def main() -> None:
     parser.add_argument("--num-layers", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=4096)
+    parser.add_argument("--ema-beta", type=float, help="keep an average of the weights")
+    parser.add_argument("--offload", choices=get_args(Offload), default="none", help="what lives in the host's memory")
     parser.add_argument("--levanter", action="store_true", help="with Levanter's attention, loss and stack")
     parser.add_argument("--predict", action="store_true", help="also read the schedule: how long a step takes")
     parser.add_argument("--json", type=Path, help="write everything there; implies --predict")
@@ -156,7 +160,12 @@ def main() -> None:
     config = template(
         options.variant,
         model={"num_layers": options.num_layers},
-        trainer={"batch_size": options.batch_size, "seq_len": options.seq_len},
+        trainer={
+            "batch_size": options.batch_size,
+            "seq_len": options.seq_len,
+            "ema_beta": options.ema_beta,
+            "offload": options.offload,
+        },
     )
     prediction = None
     try:
