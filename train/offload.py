@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from grug_kernels import dispatch
@@ -62,18 +63,11 @@ def shapes_of(init: Callable[[], PyTree]) -> PyTree:
     return structure.unflatten(map(shape, leaves, program.out_avals))
 
 
-class _Part(NamedTuple):
-    """name: the path that its leaves begin with. num_layers: leading axis of a stack's leaves; 0 for what is none."""
-
-    name: tuple[Any, ...]
-    num_layers: int
-
-
 def in_parts(update: Callable[..., PyTree], *trees: PyTree) -> PyTree:
     """update(*trees), by way of the device; each result lives where the tree it replaces did.
 
     update: returns trees of the same structure, shapes and dtypes, and treats every parameter by itself: it may be
-    called for some of them, with None in place of the leaves of all others.
+    called for some of them, with `optax.MaskedNode()` in place of the leaves of others.
     trees: the first is like the parameters. A leaf of the others belongs to the parameter whose path its own ends with:
     opt_state.inner_state[0].mu.lm_head to lm_head. What belongs to none, such as a counter, goes to every call.
 
@@ -111,7 +105,9 @@ def _part_by_part(update: Callable[..., PyTree], trees: tuple[PyTree, ...]) -> P
         layers = {name: layer if part_of[name] and part.num_layers else None for name in values}
         # What belongs to none is read as it was before the step, at every turn.
         here = {name: _fetch(leaf if part_of[name] else before[name], layers[name]) for name, leaf in values.items()}
-        results = update(*jax.tree_util.tree_map_with_path(lambda path, _: here.get(_name(path)), trees))
+        results = update(
+            *jax.tree_util.tree_map_with_path(lambda path, _: here.get(_name(path), optax.MaskedNode()), trees)
+        )
         new = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(results)}
         return {name: _store(leaf, new[name], layers[name]) for name, leaf in values.items()}
 

@@ -45,7 +45,9 @@ def optimizer_of(name: str, matrix_axes) -> Any:
 
 
 def axes_of_stack(params):
-    return jax.tree.map(lambda leaf: ((-2,), (-1,)) if leaf.ndim == 3 else None, params)
+    """Muon's matrices: those of the stack, counted from the end, so that they are the same in one layer."""
+    of_stack = lambda path, _: ((-2,), (-1,)) if path[0].key == "stack" else None  # noqa: E731
+    return jax.tree_util.tree_map_with_path(of_stack, params)
 
 
 def make_state(optimizer, offload: str, width: int = 64, layers: int = 3) -> State:
@@ -221,16 +223,20 @@ def test_a_run_goes_on_with_its_state_elsewhere(folder):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_average_is_evaluated_on_the_device(variant):
-    params, seen = {"w": jnp.ones((4, 4))}, {}
+    code = part(variant, "train")
+    init, cfg, seen = part(variant, "model").Transformer.init, tiny_config(variant, num_layers=1), {}
 
     def evaluate(params, prefix):
         seen[prefix] = memories(params)
         return {}
 
     with jax.set_mesh(one_device()):
-        state = placed(State(0, params, {}, params, None), "optimizer_and_ema")
+        shapes = jax.eval_shape(lambda: init(cfg, key=jax.random.key(0)))
+        params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        state = code.GrugTrainState(jnp.zeros((), jnp.int32), params, {}, params, jax.random.key(0))
+        state = placed(state, "optimizer_and_ema")
         assert memories(state.ema_params) == {"pinned_host"}
-        part(variant, "train").evaluations(state, evaluate, GrugEvalConfig())
+        code.evaluations(state, evaluate, GrugEvalConfig())
     assert seen == {"eval": {"device"}, "eval/ema": {"device"}}
 
 
