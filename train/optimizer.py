@@ -116,11 +116,11 @@ def _clip_by_global_norm(max_norm: float) -> "optax.GradientTransformationExtraA
     import optax
 
     def update(
-        grads: PyTree, state: PyTree, params: PyTree | None = None, *, grad_norm: Any = None, **_: Any
+        updates: PyTree, state: PyTree, params: PyTree | None = None, *, grad_norm: Any = None, **_: Any
     ) -> tuple[PyTree, PyTree]:
-        norm = optax.global_norm(grads) if grad_norm is None else grad_norm
+        norm = optax.global_norm(updates) if grad_norm is None else grad_norm
         return jax.tree.map(
-            lambda g: jax.lax.select(norm < max_norm, g, g / norm.astype(g.dtype) * max_norm), grads
+            lambda g: jax.lax.select(norm < max_norm, g, g / norm.astype(g.dtype) * max_norm), updates
         ), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
