@@ -147,6 +147,7 @@ def _checksum(x: jax.Array) -> jax.Array:
     own part, and nothing is copied to the host. A CRC offers none of this. `hash` is a bijection, so one changed
     element always shows; several together escape once in 2**32. It is the finalizer of MurmurHash3 (public domain).
     """
+    x = jax.device_put(x, jax.memory.Space.Device)
     x = x.astype(jnp.uint8) if x.dtype == bool else x
     bits = jax.lax.bitcast_convert_type(x, f"uint{min(8 * x.dtype.itemsize, 32)}").astype(jnp.uint32)
     mixed, stride = bits, 0x9E3779B1
@@ -188,6 +189,8 @@ def _as_key(words: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _target(leaf: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    spec = leaf.sharding.spec if isinstance(leaf.sharding, NamedSharding) else PartitionSpec()
+    there = leaf.sharding if isinstance(leaf.sharding, NamedSharding) else NamedSharding(mesh, PartitionSpec())
     words = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-    return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=NamedSharding(mesh, spec))
+    return jax.ShapeDtypeStruct(
+        words.shape, words.dtype, sharding=NamedSharding(mesh, there.spec, memory_kind=there.memory_kind)
+    )

@@ -2,9 +2,11 @@
 """The knobs of the training loop, the same for every variant. No jax here: `--help` reads this file."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 import tyro
+
+Offload = Literal["none", "optimizer", "optimizer_and_ema"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class GrugTrainerConfig:
     seed: int = 0
     # Devices that share each layer (tensor parallelism); the others share the batch.
     model_axis: int = 1
+    # State that lives in the host's memory between two updates, for a model that needs the device's; costs its copies.
+    offload: Offload = "none"
     # Losses stay on the device between two of these steps.
     log_every: int = 10
     # True: start from a checkpoint or fail. Otherwise the run's own newest checkpoint is used when there is one.
@@ -40,4 +44,13 @@ class GrugTrainerConfig:
         if self.ema_beta is not None and not 0 < self.ema_beta < 1:
             raise ValueError(
                 f"GrugTrainerConfig: ema_beta={self.ema_beta}; choose between 0 and 1, or None for no average."
+            )
+        if self.offload not in get_args(Offload):
+            raise ValueError(
+                f"GrugTrainerConfig: offload={self.offload!r}; choose none, optimizer or optimizer_and_ema."
+            )
+        if self.offload == "optimizer_and_ema" and self.ema_beta is None:
+            raise ValueError(
+                "GrugTrainerConfig: offload='optimizer_and_ema', and there is no average: set ema_beta, or choose"
+                " offload='optimizer'."
             )

@@ -64,6 +64,9 @@ class GrugOptimizerConfig:
     def build(self, num_steps: int, *, matrix_axes: Callable[[PyTree], PyTree]) -> "optax.GradientTransformation":
         """The optax transform for a run of `num_steps`.
 
+        `update(grads, state, params, grad_norm=optax.global_norm(grads))` treats every parameter by itself, so that it
+        may be called with some of them; without `grad_norm`, gradients are clipped by the norm of those that are given.
+
         matrix_axes: the model's own function from parameters to (axes summed over, axes written) of each matrix that
         Muon orthogonalises, None for every other leaf: those go to AdamW.
         """
@@ -86,7 +89,7 @@ class GrugOptimizerConfig:
 
         def clipped(learning_rate):
             update = adamw(learning_rate) if self.name == "adamw" else muon(learning_rate)
-            return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), update)
+            return optax.chain(_clip_by_global_norm(self.max_grad_norm), update)
 
         # inject_hyperparams keeps the current value in the state, where `hyperparameters` finds it.
         return optax.inject_hyperparams(clipped)(learning_rate=self.schedule(num_steps))
@@ -105,6 +108,22 @@ def is_decayed(params: PyTree) -> PyTree:
 def hyperparameters(opt_state: Any) -> dict[str, Any]:
     """`optim/*`: what the optimizer's last update used, as arrays on the device."""
     return {f"optim/{name}": value for name, value in opt_state.hyperparams.items()}
+
+
+def _clip_by_global_norm(max_norm: float) -> "optax.GradientTransformationExtraArgs":
+    """As Optax's, but the norm may be given: then each gradient is scaled by itself, whichever others are there."""
+    import jax
+    import optax
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree | None = None, *, grad_norm: Any = None, **_: Any
+    ) -> tuple[PyTree, PyTree]:
+        norm = optax.global_norm(updates) if grad_norm is None else grad_norm
+        return jax.tree.map(
+            lambda g: jax.lax.select(norm < max_norm, g, g / norm.astype(g.dtype) * max_norm), updates
+        ), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def _on_whole_matrices(transform: "optax.GradientTransformation") -> "optax.GradientTransformation":
@@ -146,10 +165,7 @@ def _dimensions(matrix_axes: Callable[[PyTree], PyTree], params: PyTree) -> PyTr
 def _kind_of_each(matrix_axes: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
     import jax
 
-    axes = matrix_axes(params)
-    return jax.tree.map(
-        lambda pair: "adamw" if pair is None else "muon", axes, is_leaf=lambda x: x is None or _is_axes(x)
-    )
+    return jax.tree.map(lambda _, axes: "adamw" if axes is None else "muon", params, matrix_axes(params))
 
 
 def _is_axes(node: Any) -> bool:

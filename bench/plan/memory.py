@@ -23,6 +23,7 @@ class Memory:
 
     arguments: see `hbm.CATEGORIES`. temporaries: by kind, see `holders.KINDS`, where most of them is in use.
     code_bytes: of a refused step 0, it is in the rest. in_use_bytes: at most, arguments included.
+    on_host: arguments that live in the host's memory, by category. host_bytes: temporaries there. Neither is in HBM.
     """
 
     total_bytes: int
@@ -31,6 +32,7 @@ class Memory:
     results_bytes: int
     code_bytes: int
     in_use_bytes: int
+    on_host: dict[str, int]
     host_bytes: int = 0
     largest: Sequence[Held] = field(default=(), repr=False)
 
@@ -57,6 +59,7 @@ def memory(record: Record, axes: Sequence[int], shown: int = 5) -> Memory | None
             results_bytes=results,
             code_bytes=hbm.code_bytes,
             in_use_bytes=in_use,
+            on_host=hbm.on_host,
             **common,
         )
     return _of_refused(record.laid_out, needed(record.refusal), in_use, common)
@@ -64,11 +67,12 @@ def memory(record: Record, axes: Sequence[int], shown: int = 5) -> Memory | None
 
 def _of_refused(laid_out: LaidOut, figures: tuple[int, int] | None, in_use: int, common: dict) -> Memory:
     """The compiler says what it needs to a hundredth of its unit: where the parts are more, theirs counts."""
-    arguments, layout = arguments_by_category(laid_out.module), laid_out.layout
+    (arguments, on_host), layout = arguments_by_category(laid_out.module), laid_out.layout
     known = sum(arguments.values()) + layout.heap_bytes + layout.results_bytes
     total = max(known, figures[0]) if figures else known
     in_use += sum(arguments.values())
-    return Memory(total, arguments, results_bytes=layout.results_bytes, code_bytes=0, in_use_bytes=in_use, **common)
+    results = layout.results_bytes
+    return Memory(total, arguments, results_bytes=results, code_bytes=0, in_use_bytes=in_use, on_host=on_host, **common)
 
 
 def needed(refusal: Refusal | None) -> tuple[int, int] | None:

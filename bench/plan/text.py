@@ -56,8 +56,11 @@ def _memory(plan: Plan) -> Iterator[str]:
     share = f"{100 * memory.total_bytes / plan.limit_bytes:.1f} % of {plan.limit_bytes / GIB:.2f} GiB"
     yield f"  {'set aside: decides whether it fits':<{_LABEL}}{memory.total_bytes / MIB:>12,.1f}  {share}"
     yield f"  {'in use at most':<{_LABEL}}{memory.in_use_bytes / MIB:>12,.1f}"
-    if memory.host_bytes:
-        yield f"  {'temporaries in the host':<{_LABEL}}{memory.host_bytes / MIB:>12,.1f}"
+    on_host = memory.on_host | ({"temporaries": memory.host_bytes} if memory.host_bytes else {})
+    if on_host:
+        yield f"{"in the host's memory":<{_LABEL + 11}}MiB"
+    for label, size in on_host.items():
+        yield f"  {label:<{_LABEL}}{size / MIB:>12,.1f}"
     if memory.largest:
         yield f"{'largest temporaries':<{_LABEL + 11}}MiB"
     for one in memory.largest:

@@ -88,8 +88,9 @@ class Record:
         if self.refusal is not None:
             yield f"unsupported: {self.refusal}"
         if self.hbm is not None:
-            arguments = ", ".join(f"{name} {_mib(size)}" for name, size in self.hbm.arguments.items())
-            yield f"arguments {_mib(self.hbm.arguments_bytes)} ({arguments})"
+            yield f"arguments {_mib(self.hbm.arguments_bytes)} ({_listed(self.hbm.arguments)})"
+            if self.hbm.on_host_bytes:
+                yield f"on host {_mib(self.hbm.on_host_bytes)} ({_listed(self.hbm.on_host)})"
             yield f"temporaries {_mib(self.hbm.temporaries_bytes)}, code {_mib(self.hbm.code_bytes)}"
             yield f"peak {_mib(self.hbm.peak_bytes)} in use, {_mib(self.hbm.reserved_bytes)} set aside"
             yield f"left {_mib(self.hbm.left_bytes)} of {_mib(self.hbm.available_bytes)} on each device"
@@ -194,7 +195,10 @@ def _attempt(record: Record, stage: Stage, call: Callable[[], Any]) -> Any:
 
 def _hbm_row(hbm: Hbm) -> dict[str, int]:
     arguments = {f"hbm/arguments/{name}_bytes": size for name, size in hbm.arguments.items()}
+    on_host = {f"hbm/on_host/{name}_bytes": size for name, size in hbm.on_host.items()}
     return arguments | {
+        **on_host,
+        "hbm/on_host_bytes": hbm.on_host_bytes,
         "hbm/arguments_bytes": hbm.arguments_bytes,
         "hbm/temporaries_bytes": hbm.temporaries_bytes,
         "hbm/code_bytes": hbm.code_bytes,
@@ -210,6 +214,10 @@ def _collectives_row(found: Collectives) -> dict[str, float]:
     for name, kind in found.kinds.items():
         row |= {f"collectives/{name}/count": kind.count, f"collectives/{name}/payload_bytes": kind.payload_bytes}
     return row
+
+
+def _listed(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name} {_mib(size)}" for name, size in sizes.items())
 
 
 def _mib(size: float) -> str:

@@ -24,6 +24,7 @@ from bench.tpu.schedule import Schedule
 from bench.tpu.timeline import ScalarOperands
 from bench.tpu.topology import Topology
 from grug_kernels.attention import AttentionMask
+from train.offload import shapes_of
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def abstract_state(variant: str, config: Any, topology: Topology) -> Any:
     optimizer = config.optimizer.build(config.trainer.steps, matrix_axes=train.matrix_axes)
     init = partial(train.init_train_state, config.model, optimizer, config.trainer)
     try:
-        return jax.eval_shape(lambda: init(key=jax.random.key(config.trainer.seed)))
+        return shapes_of(lambda: init(key=jax.random.key(config.trainer.seed)))
     except ValueError as error:
         found = re.search(r"partitioned (\d+) times, but does not evenly divide the dimension size (\d+)", str(error))
         if found is None:

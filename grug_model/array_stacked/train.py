@@ -30,6 +30,7 @@ from train.data import (
 from train.evaluate import GrugEvalConfig, build_tagged_evaluator
 from train.mesh import create_mesh
 from train.metrics import Meter, RunTracker, start_tracker
+from train.offload import check_offload, in_parts, placed, shapes_of, to_device
 from train.optimizer import Optimizer, hyperparameters
 from train.outcome import advice_on_failure, already_finished, baselines, finish
 from train.profile import Profile
@@ -58,13 +59,14 @@ def init_train_state(
 ) -> GrugTrainState:
     params_key, training_key = jax.random.split(key)
     params = Transformer.init(cfg, key=params_key)
-    return GrugTrainState(
+    state = GrugTrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
         ema_params=params if trainer.ema_beta is not None else None,
         training_key=training_key,
     )
+    return placed(state, trainer.offload)
 
 
 def mask_of(batch: Any) -> AttentionMask:
@@ -83,17 +85,24 @@ def make_train_step(optimizer: Optimizer, trainer: GrugTrainerConfig):
             )
 
         (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = eqx.apply_updates(state.params, updates)
-            ema_params = state.ema_params
+        grad_norm = optax.global_norm(grads)
+
+        def update(grads, params, opt_state, ema_params):  # every parameter by itself
+            updates, opt_state = optimizer.update(grads, opt_state, params, grad_norm=grad_norm)
+            params = eqx.apply_updates(params, updates)
             if (beta := trainer.ema_beta) is not None:
                 ema_params = jax.tree.map(lambda old, new: beta * old + (1 - beta) * new, ema_params, params)
+            return updates, params, opt_state, ema_params
+
+        with jax.named_scope("optimizer"):
+            updates, params, opt_state, ema_params = in_parts(
+                update, grads, state.params, state.opt_state, state.ema_params
+            )
         metrics = {
             "train/loss": loss,
             "train/cross_entropy": parts.cross_entropy,
             "train/z_loss": parts.z_loss,
-            "train/grad_norm": optax.global_norm(grads),
+            "train/grad_norm": grad_norm,
             "train/update_norm": optax.global_norm(updates),
             **hyperparameters(opt_state),
         }
@@ -113,7 +122,7 @@ def evaluations(state: GrugTrainState, evaluate: Any, cfg: GrugEvalConfig) -> di
     """eval/* of the weights, eval/ema/* of their average, where there is one."""
     metrics = evaluate(state.params, "eval") if cfg.eval_current or state.ema_params is None else {}
     if cfg.eval_ema and state.ema_params is not None:
-        metrics |= evaluate(state.ema_params, "eval/ema")
+        metrics |= evaluate(to_device(state.ema_params), "eval/ema")
     return metrics
 
 
@@ -128,6 +137,7 @@ def run_grug(variant: str, config: "GrugBaseLaunchConfig") -> None:
     trainer = config.trainer
     check_fit(config)
     mesh = create_mesh(trainer.batch_size, model=trainer.model_axis)
+    check_offload(trainer.offload, mesh)
     optimizer = config.optimizer.build(trainer.steps, matrix_axes=matrix_axes)
     run = open_run(variant, config)
     keep_compiled_programs(cache_directory(config.data))
@@ -141,7 +151,7 @@ def run_grug(variant: str, config: "GrugBaseLaunchConfig") -> None:
         init = partial(jax.jit(partial(init_train_state, config.model, optimizer, trainer)), key=key)
         state, resumed = restore_latest_or_initialize(
             [run.checkpoints, *filter(None, [trainer.load_checkpoint_path])],
-            jax.eval_shape(init),
+            shapes_of(init),
             mesh=mesh,
             init=init,
             require=trainer.load_checkpoint,

@@ -28,7 +28,7 @@ def topology(name: str, *extents: int) -> Topology:
 
 def record(name: str) -> Record:
     """Of a program on a square of chips that was compiled."""
-    return Record(topology(name, 2, 2, 1), seconds={"compile": 1.5}, hbm=Hbm({"other": 2**20}, 0, 0, 0, 0, 0, 0))
+    return Record(topology(name, 2, 2, 1), seconds={"compile": 1.5}, hbm=Hbm({"other": 2**20}, {}, 0, 0, 0, 0, 0, 0, 0))
 
 
 GATHER_BLOCKS, GATHER_BLOCK = 6, (32, 128)
