@@ -20,7 +20,7 @@ _INSTRUCTION = re.compile(r"^\s*(ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 _TABLE_ROW = re.compile(r"(\d+) (.*)")
 # Files that pass calls on: a frame in one of them does not say what an operation is for.
-_PASSES_ON = ("dispatch", "api", "array_stacked", "remat", "sharding", "settings")
+_PASSES_ON = ("dispatch", "api", "array_stacked", "scan", "remat", "sharding", "settings")
 # Folder -> what its operations are for: ours, and those of Levanter and JAX with kernels for the same.
 _SCOPES = {
     "attention": "attention",

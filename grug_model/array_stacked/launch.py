@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The knobs of this variant and its presets. Start here for a normal run; no jax is imported until one starts."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from train.checkpoint import CheckpointConfig
@@ -35,6 +35,16 @@ class GrugBaseLaunchConfig:
     output_path: str | None = None
 
 
+_7B = GrugModelConfig(
+    hidden_dim=4096,
+    intermediate_dim=11008,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    rope_theta=500_000.0,
+)
+
 PRESETS = {
     # Two cores, three minutes: a real model on real text.
     "laptop": GrugBaseLaunchConfig(
@@ -57,6 +67,16 @@ PRESETS = {
     ),
     # 130M parameters, 2000 steps of 2M tokens: a slice of v5p.
     "130m": GrugBaseLaunchConfig(),
+    # 7B parameters, 2M tokens a step: 64 chips of v5p, 256 of v6e.
+    "7b": GrugBaseLaunchConfig(
+        model=_7B, optimizer=GrugOptimizerConfig(learning_rate=3e-4), trainer=GrugTrainerConfig(steps=250_000)
+    ),
+    # The same with rows of 32k tokens, 4M a step; four chips share each layer.
+    "7b_32k": GrugBaseLaunchConfig(
+        model=replace(_7B, max_seq_len=32768, rope_theta=8_000_000.0),
+        optimizer=GrugOptimizerConfig(learning_rate=3e-4),
+        trainer=GrugTrainerConfig(steps=10_000, batch_size=128, seq_len=32768, model_axis=4),
+    ),
 }
 
 

@@ -42,8 +42,8 @@ class GrugModelConfig:
     layer_norm_eps: float = 1e-5
     # Weights are float32; activations, and weights where they are used, have this type.
     compute_dtype: str = "bfloat16"
-    # What a layer keeps for the backward pass: none (everything), full (its input), save_attention.
-    remat: Literal["none", "full", "save_attention"] = "full"
+    # What a layer keeps for the backward pass, from the most memory to the least: grug_kernels/stacked/remat.py.
+    remat: Literal["none", "save_matmuls", "save_attention", "full", "offload", "nested"] = "full"
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -69,9 +69,10 @@ class GrugModelConfig:
         attention = self.num_layers * 4 * seq_len * n * h
         causal = attention * (seq_len + 1) / 2 / seq_len
         mlp = self.num_layers * 6 * d * self.intermediate_dim
-        # A layer that runs again stops short of w_down, whose output no gradient asks for.
-        layers_again = 0 if self.remat == "none" else projections + 2 / 3 * mlp
-        attention_again = causal if self.remat == "full" else 0
+        # A layer that runs again stops short of w_down, whose output no gradient asks for; a group of layers does not.
+        layer, group = projections + 2 / 3 * mlp, projections + mlp
+        layers_again = {"none": 0, "save_matmuls": 0, "nested": group + layer}.get(self.remat, layer)
+        attention_again = {"full": causal, "offload": causal, "nested": 2 * causal}.get(self.remat, 0)
         return TokenFlops(
             projections=projections,
             attention=attention,

@@ -39,8 +39,8 @@ class GrugModelConfig:
     layer_norm_eps: float = 1e-5
     # Weights are float32; activations, and weights where they are used, have this type.
     compute_dtype: str = "bfloat16"
-    # What a layer keeps for the backward pass: none (everything), full (its input), save_attention.
-    remat: Literal["none", "full", "save_attention"] = "full"
+    # What a layer keeps for the backward pass, from the most memory to the least: grug_kernels/stacked/remat.py.
+    remat: Literal["none", "save_matmuls", "save_attention", "full", "offload"] = "full"
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -67,8 +67,8 @@ class GrugModelConfig:
         causal = attention * (seq_len + 1) / 2 / seq_len
         mlp = self.num_layers * 6 * d * self.intermediate_dim
         # A layer that runs again stops short of w_down, whose output no gradient asks for.
-        layers_again = 0 if self.remat == "none" else projections + 2 / 3 * mlp
-        attention_again = causal if self.remat == "full" else 0
+        layers_again = 0 if self.remat in ("none", "save_matmuls") else projections + 2 / 3 * mlp
+        attention_again = causal if self.remat in ("full", "offload") else 0
         return TokenFlops(
             projections=projections,
             attention=attention,
@@ -225,9 +225,9 @@ class Transformer(eqx.Module):
             embed = jax.reshard(self.token_embed.astype(self.config.compute_dtype), P(None, None))
             x = embed.at[tokens].get(out_sharding=P(BATCH, None, None))
         seen = mask.intervals(batch, seq_len, seq_len)  # once for all layers
-        layer = rematerialised(Block.__call__, self.config.remat, in_scan=False)
+        layer = rematerialised(lambda x, block: block(x, seen), self.config.remat, in_scan=False)
         for block in self.blocks:
-            x = layer(block, x, seen)
+            x = layer(x, block)
         return self.final_norm(x)
 
     def logits(

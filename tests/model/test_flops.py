@@ -10,7 +10,7 @@ from grug_kernels import dispatch
 from grug_kernels.attention import AttentionMask
 from grug_kernels.mfu import TokenFlops
 from tests.matmul_flops import matmul_flops
-from tests.model.variants import VARIANTS, one_device, part, random_batch, tiny_config
+from tests.model.variants import VARIANTS, one_device, part, random_batch, remat_policies, tiny_config
 
 BATCH_SIZE, SEQ_LEN = 8, 16
 PLAIN = {op: {"cpu": ("reference",)} for op in dispatch.ORDER}
@@ -39,15 +39,17 @@ def test_training_flops_are_those_of_the_traced_step(variant, num_kv_heads):
     assert traced_flops_per_token(variant, cfg) == matmuls(cfg.flops_per_token(SEQ_LEN))
 
 
-@pytest.mark.parametrize("remat", ["full", "save_attention"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_recomputed_layers_are_those_of_the_traced_step(variant, remat):
-    cfg = tiny_config(variant, remat=remat)
-    flops = cfg.flops_per_token(SEQ_LEN)
-    # Plain attention keeps its scores within a layer, has no name that a policy could save, and sees every key.
-    blockwise = flops.attention_causal / 2 + (flops.attention_causal if remat == "full" else 0)
-    recompute = flops.recompute - blockwise + flops.attention
-    assert traced_flops_per_token(variant, cfg) == pytest.approx(matmuls(flops) + recompute, rel=1e-12)
+def test_recomputed_layers_are_those_of_the_traced_step(variant):
+    for remat in set(remat_policies(variant)) - {"none"}:
+        cfg = tiny_config(variant, remat=remat, num_layers=4)
+        flops = cfg.flops_per_token(SEQ_LEN)
+        # Plain attention sees every key, keeps its scores within a layer, and has no name that a policy could save.
+        runs = {"save_matmuls": 0, "save_attention": 0, "nested": 2}.get(remat, 1)
+        blockwise = flops.attention_causal * (runs + 1 / 2)
+        recompute = flops.recompute - blockwise + flops.attention * max(runs, 1)
+        traced = traced_flops_per_token(variant, cfg)
+        assert traced == pytest.approx(matmuls(flops) + recompute, rel=1e-12), remat
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

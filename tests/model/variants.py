@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 from pathlib import Path
 from types import ModuleType
+from typing import get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,11 @@ def part(variant: str, name: str) -> ModuleType:
 
 def tiny_config(variant: str, **changes):
     return part(variant, "model").GrugModelConfig(**(TINY | changes))
+
+
+def remat_policies(variant: str) -> tuple[str, ...]:
+    """Those that the variant's configuration lets one choose from."""
+    return get_args(get_type_hints(part(variant, "model").GrugModelConfig)["remat"])
 
 
 def tiny_trainer(**changes):
