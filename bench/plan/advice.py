@@ -101,18 +101,21 @@ def _more_chips(s: Situation) -> Iterator[Advice]:
 
 
 def reckoned_kept(model: Any, rows: int, seq_len: int) -> dict[str, float]:
-    """Bytes that all layers keep under those policies of which it can be said: inputs, attention's output and
-    log-sum-exp. Without the padding of tiles.
+    """Bytes that all layers keep under each policy but "none": inputs, attention's output and log-sum-exp, and what
+    matmuls gave. Without the padding of tiles.
 
-    model: a configuration with num_layers, hidden_dim, num_heads, head_dim and compute_dtype.
+    model: a configuration with the sizes of `grug_model.base`.
     """
     wide = 2 if model.compute_dtype == "bfloat16" else 4
     positions = rows * seq_len * model.num_layers
     inputs = positions * model.hidden_dim * wide
     attention = positions * model.num_heads * (model.head_dim * wide + 4)
+    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    matmuls = positions * wide * (heads + 2 * model.intermediate_dim + 2 * model.hidden_dim)
     return {
         "offload": 0.0,
         "nested": inputs * 2 / math.sqrt(model.num_layers),
         "full": inputs,
         "save_attention": inputs + attention,
+        "save_matmuls": inputs + attention + matmuls,
     }

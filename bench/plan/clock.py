@@ -10,6 +10,8 @@ from typing import TextIO
 from train.progress import StatusLine
 from train.summary import clock
 
+REDRAW_SECONDS = 1.0
+
 
 @contextlib.contextmanager
 def stages(stream: TextIO | None = None) -> Iterator[Callable[[str], None]]:
@@ -28,7 +30,7 @@ def stages(stream: TextIO | None = None) -> Iterator[Callable[[str], None]]:
         begun.append((name, perf_counter()))
 
     def redraw() -> None:
-        while not over.wait(1.0):
+        while not over.wait(REDRAW_SECONDS):
             for name, start in begun[-1:]:
                 line.show(f"{name} ... {clock(perf_counter() - start)}")
 

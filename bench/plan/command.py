@@ -6,6 +6,7 @@ import json
 import logging
 import warnings
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from bench import report
@@ -98,12 +99,13 @@ def _sweep(options: "Options", launch: Any, start: Any, topology: Topology, budg
 def run_command(options: "Options", launch: Any, start: Any) -> str:
     """The command line that trains with `launch`, whose flags start from `start`."""
     parts = ["uv run python -m train.run", f"--variant {options.variant}", f"--preset {options.preset}"]
-    parts += [f"--config {options.config}"] if options.config else []
+    parts += [f"--config {quote(str(options.config))}"] if options.config else []
+    parts += [f"--resume {quote(str(options.resume))}"] if options.resume else []
     before, after = flat(as_dict(start)), flat(as_dict(launch))
     for name, value in after.items():
         if value != before.get(name):
             path, _, last = name.replace("_", "-").rpartition(".")
             flag = f"no-{last}" if value is False else last
             parts.append(f"--{path}.{flag}" if path else f"--{flag}")
-            parts[-1] += "" if isinstance(value, bool) else f" {value}"
+            parts[-1] += "" if isinstance(value, bool) else f" {quote(str(value))}"
     return " ".join(parts)

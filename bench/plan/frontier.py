@@ -39,7 +39,7 @@ def rows(outcomes: Sequence[Outcome], limit_bytes: float) -> list[tuple[str, ...
 def _row(outcome: Outcome, limit_bytes: float, is_best: bool, on_frontier: bool) -> tuple[str, ...]:
     remat, model, batch = outcome.candidate
     numbers = (
-        _number(outcome.total_bytes, 1 / GIB, ".2f"),
+        _number(outcome.total_bytes, 1 / GIB, ".2f" if (outcome.total_bytes or 0) >= GIB else ".4f"),
         _number(outcome.step_seconds, 1e3, ",.1f"),
         _number(outcome.tokens_per_second_per_chip, 1, ",.0f"),
         _number(outcome.mfu, 1, ".1f"),

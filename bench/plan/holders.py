@@ -5,7 +5,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from bench.tpu import hlo
@@ -45,7 +45,7 @@ class Held:
     where: str
 
 
-def held(laid_out: LaidOut, axes: Iterable[int] = (1,)) -> list[Held]:
+def held(laid_out: LaidOut, axes: Sequence[int]) -> list[Held]:
     """The temporaries in use where most of the heap is, the largest first; what lies unused between them comes last.
 
     axes: sizes of the mesh's axes over which weights are split: gathered, a weight is that many times as long.
@@ -108,7 +108,7 @@ class Origins:
         return self._module.scope(made) if made else "other"
 
 
-def weight_shapes(module: hlo.Module, axes: Iterable[int]) -> set[tuple[int, ...]]:
+def weight_shapes(module: hlo.Module, axes: Sequence[int]) -> set[tuple[int, ...]]:
     """Extents over 1, sorted, of each weight: this device's part and whole, of all layers and of one."""
     found: set[tuple[int, ...]] = set()
     grown = [1, *axes, math.prod(axes)]

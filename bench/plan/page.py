@@ -29,8 +29,7 @@ def picture(title: str, outcomes: Sequence[Outcome], limits: dict[str, float]) -
     near = {name: size / GIB for name, size in limits.items() if size / GIB <= FAR * most}
     x = Scale.over([0.0, most, *near.values()], LEFT, WIDTH - RIGHT, margin=0.06)
     x = Scale(0.0, x.high, x.start, x.end)
-    y = Scale.over([0.0, *map(_rate, points)], HEIGHT - BOTTOM, TOP, margin=0.08)
-    y = Scale(0.0, y.high, y.start, y.end)
+    y = Scale.over([_rate(outcome) for outcome in points], HEIGHT - BOTTOM, TOP, margin=0.12)
     far = ", ".join(f"{name}: {size / GIB:.4g} GiB, to the right" for name, size in limits.items() if name not in near)
     note = "predicted, not measured · beside a point its batch · joined: none has more speed and less memory" + (
         f" · {far}" if far else ""

@@ -81,8 +81,7 @@ class _Sweep:
             if (found := self.kept.get(candidate)) is None:
                 running[self.pool.submit(tried, *self.what, candidate)] = rest
                 return
-            if not self._note(found, rest):
-                return
+            self._note(found, rest)
 
     def _note(self, outcome: Outcome, rest: Iterator[Candidate]) -> bool:
         """Whether a larger batch is worth trying; where it is not, what is left of the group is skipped."""

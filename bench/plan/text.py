@@ -11,7 +11,7 @@ from grug_kernels.chips import GIB, MIB
 from train.summary import clock
 
 _LABEL = 36
-_NOTES = 8
+_NOTES = 10
 
 
 def text(plan: Plan) -> str:
@@ -111,10 +111,9 @@ def _program(plan: Plan) -> Iterator[str]:
 
 
 def _notes(notes: Sequence[str]) -> Iterator[str]:
-    """Those that differ in the number of a kernel only are said once."""
-    told = Counter(
-        re.sub(r"^([\w-]+)\.[\w.]+:|%[\w.-]+", lambda name: f"{name[1]}:" if name[1] else "%…", note) for note in notes
-    )
+    """Those that differ in the numbers of kernels and values only are said once."""
+    plain = (re.sub(r"^([\w-]+)\.[\w.]+:", r"\1:", note) for note in notes)
+    told = Counter(re.sub(r" \(%[\w.-]+\)| Pass smem=.*", "", note) for note in plain)
     for note, times in list(told.items())[:_NOTES]:
         yield f"note: {note}" + (f" ({times} times)" if times > 1 else "")
     if len(told) > _NOTES:

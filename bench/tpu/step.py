@@ -23,7 +23,10 @@ from bench.tpu.record import Program, Record, compiling
 from bench.tpu.schedule import Schedule
 from bench.tpu.timeline import ScalarOperands
 from bench.tpu.topology import Topology
-from grug_kernels.attention import AttentionMask
+from grug_kernels.attention import AttentionMask, pallas_tpu
+from grug_kernels.attention.tpu_backward_blocks import BackwardBlocks
+from grug_kernels.attention.tpu_plan import backward_plan
+from grug_kernels.dispatch import UnsupportedError
 from train.offload import shapes_of
 
 
@@ -88,7 +91,7 @@ def predicted_step(
     """
     trainer = config.trainer
     rows = trainer.batch_size // topology.mesh(model=trainer.model_axis).shape["data"]
-    tables = {} if levanter else attention_tables(rows, trainer.seq_len)
+    tables = {} if levanter else attention_tables(rows, trainer.seq_len, _backward_blocks(config, topology))
     with compiling_step(variant, config, topology, levanter, schedules=True, say=say) as (record, program):
         if program is None:
             return record, None
@@ -148,13 +151,34 @@ def abstract_state(variant: str, config: Any, topology: Topology) -> Any:
         ) from error
 
 
-def attention_tables(rows: int, seq_len: int) -> ScalarOperands:
+def attention_tables(rows: int, seq_len: int, backward: BackwardBlocks | None = None) -> ScalarOperands:
     """What steers our attention kernels, which is data: of `rows` rows on one device, causal and one document each,
-    which is the most work that a packed batch can be. Empty for lengths that are padded; the table then says so."""
-    stripes = AttentionMask(causal=True).intervals(rows, seq_len, seq_len).stripes
-    if stripes is None or seq_len % 512:
+    which is the most work that a packed batch can be. Empty for lengths that are padded; the table then says so.
+
+    backward: its blocks; None: all keys of a row at once. In several chunks its grid is data too, and comes first."""
+    intervals = AttentionMask(causal=True).intervals(rows, seq_len, seq_len)
+    if intervals.stripes is None or seq_len % 512:
         return {}
-    return {(f"attention_{passes}", 0): np.asarray(stripes).reshape(-1) for passes in ("forward", "backward")}
+    stripes = np.asarray(intervals.stripes).reshape(-1)
+    tables = {("attention_forward", 0): stripes, ("attention_backward", 0): stripes}
+    if backward is not None and backward.chunks(seq_len) > 1:
+        plan = backward_plan(intervals, seq_len, backward)
+        of_chunks = (plan.steps, plan.stripes, plan.begins)
+        tables |= {("attention_backward", i): np.asarray(table) for i, table in enumerate(of_chunks)}
+    return tables
+
+
+def _backward_blocks(config: Any, topology: Topology) -> BackwardBlocks | None:
+    """Of the attention kernel that a device runs; None where it would refuse."""
+    model, axis = config.model, config.trainer.model_axis
+    q, k = (
+        jax.ShapeDtypeStruct((1, config.trainer.seq_len, heads // axis, model.head_dim), model.compute_dtype)
+        for heads in (model.num_heads, model.num_kv_heads)
+    )
+    try:
+        return pallas_tpu._blocks(q, k, k, topology.chip.name, None)[1]
+    except (UnsupportedError, ZeroDivisionError):  # no whole head for a device: refused where it is traced
+        return None
 
 
 def abstract_batch(mesh: Mesh, batch_size: int, seq_len: int) -> Example:

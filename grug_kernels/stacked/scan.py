@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from grug_kernels.stacked.remat import Policy, rematerialised
+from grug_kernels.tpu import LANES
 
 # (carry, block, its slice of per_layer, as a tuple of one or none) -> (carry, output)
 Layer = Callable[[Any, Any, tuple[Any, ...]], tuple[Any, Any]]
@@ -73,19 +75,28 @@ def _scan_groups(body: Callable[..., Any], carry: Any, xs: Any, *, unroll: int) 
 
 def _as_sliced(leaf: jax.Array) -> jax.Array:
     """A float32 parameter of one layer, as it is. Where layers only read it as bfloat16, XLA for TPUs would cast all
-    layers of it in front of the loop and keep both; it does not look through integers."""
+    layers of it in front of the loop and keep both; it does not look through integers. Nor should it turn all layers
+    into the layout that a matmul likes best: a layer is turned where it is used."""
     return _by_bits(leaf) if leaf.dtype == jnp.float32 else leaf
 
 
 @jax.custom_jvp
 def _by_bits(leaf: jax.Array) -> jax.Array:
-    bits = jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(leaf, jnp.uint32))
+    bits = jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(_as_kept(leaf), jnp.uint32))
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 @_by_bits.defjvp
 def _by_bits_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    return _by_bits(*primals), tangents[0]
+    return _by_bits(*primals), _as_kept(tangents[0])
+
+
+def _as_kept(leaf: jax.Array) -> jax.Array:
+    """In the layout of the stack: the last axis along the lanes, if a device's part of it fills them. Else XLA chooses."""
+    last = jax.typeof(leaf).sharding.shard_shape(leaf.shape)[-1] if leaf.ndim else 0
+    if not last or last % LANES:
+        return leaf
+    return with_layout_constraint(leaf, Layout(tuple(range(leaf.ndim))))
 
 
 def _split_leading(leaf: jax.Array, inner: int) -> jax.Array:

@@ -97,6 +97,7 @@ def test_what_is_kept_is_reckoned_from_the_sizes():
         "nested": pytest.approx(inputs / 2),  # 4 groups' inputs, and those of the 4 layers of one group
         "full": inputs,
         "save_attention": 2 * inputs + 2 * 1024 * 16 * 8 * 4,
+        "save_matmuls": 7 * inputs + 2 * 1024 * 16 * (8 * 4 + 2 * 1792 * 2),  # q, k, v; of the MLP two; two outputs
     }
 
 

@@ -190,9 +190,10 @@ def test_a_limit_that_is_far_away_is_told_and_not_drawn():
 
 def test_labels_cover_no_point_and_no_other_label():
     crowd = [outcome("full", 1, 2**i, 2.0 + i / 200, 100.0 + i % 3) for i in range(12)]
+    crowd.append(outcome("full", 1, 1, 1.0, 10.0))  # far away, so that the others are close together
     svg = picture("sweep", crowd, {"v5p": 3 * GIB})
     texts = re.findall(r'<text class="halo" x="([\d.]+)" y="([\d.]+)">(\d+)</text>', svg)
-    assert 3 <= len(texts) < 12
+    assert 3 <= len(texts) < 13
     boxes = [(float(x), float(y) - 9, float(x) + 6.4 * len(text), float(y)) for x, y, text in texts]
     boxes += [
         (float(x) - 4, float(y) - 4, float(x) + 4, float(y) + 4) for x, y in re.findall(r'cx="(.*?)" cy="(.*?)"', svg)

@@ -18,6 +18,7 @@ from bench.tpu.schedule import Schedule
 from bench.tpu.topology import LIBTPU_IS_MISSING, has_libtpu, tpu_topology
 from grug_kernels import dispatch
 from grug_kernels.attention import AttentionMask, attention
+from grug_kernels.attention.tpu_backward_blocks import BackwardBlocks
 
 pytestmark = pytest.mark.skipif(not has_libtpu(), reason=LIBTPU_IS_MISSING)
 
@@ -285,3 +286,12 @@ def test_attention_is_counted_under_a_causal_mask():
     assert not stripes[:, :, :2].any()
     assert stripes[1, :, 3].tolist() == [128, 256, 384, 512, 640, 768, 896, 1024]
     assert step.attention_tables(rows=2, seq_len=1000) == {}
+
+
+def test_attention_over_several_chunks_of_keys_is_counted_with_its_grid():
+    """At 32768 tokens on v5p. With the stripes in the grid's place the backward pass was predicted to take nothing."""
+    blocks = BackwardBlocks(block_q=512, block_kv=512, row_chunk=256, key_chunk=512)
+    tables = step.attention_tables(1, 1024, blocks)
+    assert int(tables["attention_backward", 0]) == 2  # both query blocks see the first 512 keys
+    assert tables["attention_backward", 1].tolist() == tables["attention_forward", 0].tolist()
+    assert tables["attention_backward", 2].tolist() == [0, 1]  # and the second alone the others

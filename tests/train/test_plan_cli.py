@@ -97,7 +97,7 @@ def test_with_no_flag_at_all_it_is_the_130m_template_on_four_chips(planned):
         (["--trainer.model-axis", "3"], ["model=3", "does not divide its 4 devices"]),
         (["--trainer.model-axis", "2"], ["num_heads=1", "does not divide over 2 devices of v5p:2x2x1 (model_axis=2)"]),
         (["--trainer.seq-len", "512"], ["trainer.seq_len=512 is longer than model.max_seq_len=256"]),
-        (["--remat", "most"], ["--remat most: GrugModelConfig has no such policy. It has: none, full, save_attention"]),
+        (["--remat", "most"], ["--remat most: GrugModelConfig has no such policy. It has: none, save_matmuls"]),
         (["--budget-gib", "0"], ["--budget-gib 0.0: a device needs some memory"]),
         (["--preset", "900b"], ["--preset 900b: array_stacked has no such preset"]),
         (["--sweep", "--levanter"], ["--levanter is for a single plan"]),
