@@ -60,24 +60,25 @@ class Stored:
         return self.leaves[0].dtype
 
     def sharding_on(self, mesh: Mesh) -> NamedSharding:
-        """That of the first leaf; an axis that is added is split over nothing."""
+        """That of the first leaf, in its memory if it `is_leaf`; an axis that is added is split over nothing."""
         spec = _spec(self.leaves[0])
         own = iter((*spec, *[None] * (self.leaves[0].ndim - len(spec))))
         added = (None if isinstance(index, int) else next(own) for index in self.places[0])
-        return NamedSharding(mesh, PartitionSpec(*added, *own))
+        memory_kind = _memory_kind(self.leaves[0]) if self.is_leaf else None
+        return NamedSharding(mesh, PartitionSpec(*added, *own), memory_kind=memory_kind)
 
     def joined(self) -> jax.Array:
         """The array as it lies on disk: where it `is_leaf` the leaf itself, else a new one beside the leaves."""
-        first, *others = self.leaves
         if self.is_leaf:
-            return first
-        return _joined([first, *(jax.device_put(leaf, first.sharding) for leaf in others)], self.places[-1])
+            return self.leaves[0]
+        sharding = self.leaves[0].sharding.with_memory_kind("device")
+        return _joined([jax.device_put(leaf, sharding) for leaf in self.leaves], self.places[-1])
 
     def split(self, array: jax.Array, mesh: Mesh) -> list[jax.Array]:
-        """The leaves that `array` holds, each with its own PartitionSpec on `mesh`."""
+        """The leaves that `array` holds, each with its own PartitionSpec on `mesh`, in its own memory."""
         parts = [array] if self.is_leaf else _split(array, self.places)
         return [
-            jax.device_put(part, NamedSharding(mesh, _spec(leaf)))
+            jax.device_put(part, NamedSharding(mesh, _spec(leaf), memory_kind=_memory_kind(leaf)))
             for part, leaf in zip(parts, self.leaves, strict=True)
         ]
 
@@ -151,6 +152,10 @@ def _arrays_of(block: Any) -> list[tuple]:
 
 def _spec(leaf: Any) -> PartitionSpec:
     return leaf.sharding.spec if isinstance(leaf.sharding, NamedSharding) else PartitionSpec()
+
+
+def _memory_kind(leaf: Any) -> str | None:
+    return leaf.sharding.memory_kind if isinstance(leaf.sharding, NamedSharding) else None
 
 
 @partial(jax.jit, static_argnames="last")

@@ -92,7 +92,7 @@ def _by_bits_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple
 
 
 def _as_kept(leaf: jax.Array) -> jax.Array:
-    """In the layout of the stack: the last axis along the lanes, if a device's part of it fills them. Else XLA chooses."""
+    """In the layout of the stack: the last axis along the lanes, if a device's part fills them; else as XLA likes."""
     last = jax.typeof(leaf).sharding.shard_shape(leaf.shape)[-1] if leaf.ndim else 0
     if not last or last % LANES:
         return leaf
