@@ -49,6 +49,7 @@ def advice(situation: Situation) -> list[Advice]:
         *_remat(situation),
         *_smaller_batch(situation),
         *_model_axis(situation),
+        *_offload(situation),
         *_more_chips(situation),
     ]
     enough = [way for way in ways if way.saves_bytes >= situation.over_bytes]
@@ -91,6 +92,12 @@ def _model_axis(s: Situation) -> Iterator[Advice]:
             yield Advice(
                 f"--trainer.model-axis {2 * s.model_axis}, which splits whole weights and their gradients", saves
             )
+
+
+def _offload(s: Situation) -> Iterator[Advice]:
+    """Copied to the device and back at each step: docs/references/host-offload.md."""
+    if optimizer := s.held.get("optimizer", 0):
+        yield Advice("--trainer.offload optimizer, into the host's memory", optimizer)
 
 
 def _more_chips(s: Situation) -> Iterator[Advice]:

@@ -56,10 +56,11 @@ def test_a_policy_of_which_nothing_can_be_reckoned_is_not_advised():
     assert not [way for way in advice(unknown) if "remat" in way.text]
 
 
-def test_where_the_state_dominates_more_chips_come_first():
+def test_where_the_state_dominates_it_goes_to_the_host_or_over_more_chips():
     """Neither remat nor the batch, one row already, can do anything about it."""
-    first, *others = advice(STATE)
-    assert first == Advice("twice as many chips (--tpu; 4 devices now) for the same batch", 45 * GIB)
+    first, second, *others = advice(STATE)
+    assert first == Advice("--trainer.offload optimizer, into the host's memory", 60 * GIB)
+    assert second == Advice("twice as many chips (--tpu; 4 devices now) for the same batch", 45 * GIB)
     assert [way.text for way in others] == ["--trainer.model-axis 2, which splits whole weights and their gradients"]
     assert others[0].saves_bytes == 1.5 * GIB
 

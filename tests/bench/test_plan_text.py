@@ -56,6 +56,7 @@ MEMORY = Memory(
     results_bytes=0,
     code_bytes=GIB // 2,
     in_use_bytes=7 * GIB,
+    on_host={"ema": 3 * GIB},
     largest=[Held(3 * GIB, "bf16[2,8,256,128]", KEPT, "stacked_layers")],
 )
 
@@ -152,3 +153,9 @@ def test_on_a_terminal_the_clock_runs(monkeypatch):
             sleep(0.01)
     assert said.getvalue().count("\rcompile ... ") > 2
     assert said.getvalue().endswith("\x1b[K\n")
+
+
+def test_what_lives_in_the_host_is_told_apart():
+    lines = text(plan()).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("in the host's memory"))
+    assert lines[start + 1].split() == ["ema", "3,072.0"]

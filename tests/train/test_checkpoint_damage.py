@@ -174,7 +174,7 @@ def test_disk_errors_in_the_background_are_raised_once(tmp_path, notice):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # a disk that is full
     try:
         checkpoints.save(make_state(ONE(), 4), 4)
-        time.sleep(0.5)
+        checkpoints._io._manager._thread.join()  # until it has met the limit
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     state = make_state(ONE(), 5)
