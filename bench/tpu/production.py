@@ -146,8 +146,7 @@ OPS = {
 # Forward and backward of attention take 25 CPU seconds, the loss 10 to 100, the most where VMEM is large. All chips get
 # 1x8192x32/8x128 and 4096x768x50257. Windows and documents are data to attention's kernels, and change XLA's part only.
 # Wide heads and long rows go where VMEM is small, the widest hidden_dim also where the blocks leave the least of it.
-# Of (), only `--everywhere` compiles any.
-SOME_CHIPS: dict[str, tuple[str, ...]] = {
+SOME_CHIPS = {
     "attention, 1x4096x16x128": ("v6e",),
     "attention, 4x4096x32/8x128 window 1024": ("v6e",),
     "attention, 2x8192x32x64": ("tpu7x",),
@@ -160,14 +159,14 @@ SOME_CHIPS: dict[str, tuple[str, ...]] = {
     "loss, 16384x4096x128256": ("v5p", "v6e"),
     "loss, 32768x2560x262144": ("tpu7x",),
     "token losses, 8192x512x128256": ("v5e",),
-    "token losses, 8192x2048x128256": (),
+    "token losses, 8192x2048x128256": ("v5p",),
     "token losses, 16384x4096x128256": ("v6e",),
     "token losses, 32768x2560x262144": ("tpu7x",),
-    "sharded loss, 16384x4096x128256 vocabulary/1": (),
+    "sharded loss, 16384x4096x128256 vocabulary/1": ("tpu7x",),
     "sharded loss, 16384x4096x128256 vocabulary/4": ("v5p",),
     "sharded loss, 16384x4096x128256 vocabulary/8": ("tpu7x",),
     "sharded loss, 32768x2560x262144 vocabulary/1": ("v6e",),
-    "sharded loss, 32768x2560x262144 vocabulary/4": (),
+    "sharded loss, 32768x2560x262144 vocabulary/4": ("tpu7x",),
     "sharded loss, 32768x2560x262144 vocabulary/8": ("v5e",),
     "sharded token losses, 16384x4096x128256 vocabulary/4": ("v6e",),
 }
