@@ -4,13 +4,14 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from bench.plan.holders import GRADIENTS, KEPT, LOSS, WEIGHTS, WORK
 from grug_kernels.chips import GIB
+from grug_kernels.stacked import Remat
 
 # What a device keeps for the backward pass under each remat policy, the least first.
-LEAST_KEPT_FIRST = ("offload", "nested", "full", "save_attention", "save_matmuls", "none")
+LEAST_KEPT_FIRST = tuple(reversed(get_args(Remat)))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from bench.tpu import hlo
+from bench.tpu import arrays, hlo
 from bench.tpu.buffers import Buffer, Layout, Value
 from bench.tpu.hbm import CATEGORIES
 from bench.tpu.record import LaidOut
@@ -118,18 +118,12 @@ def weight_shapes(module: hlo.Module, axes: Sequence[int]) -> set[tuple[int, ...
             name for name, is_ in CATEGORIES.items() if is_ == "parameters"
         }:
             continue
-        part = extents(parameter.shape)
+        part = arrays.extents_of(parameter.shape)
         for factors in itertools.product(grown, repeat=len(part)):
             if math.prod(factors) in grown:
                 whole = [extent * factor for extent, factor in zip(part, factors, strict=True)]
                 found |= {_canonical(whole), _canonical(whole[1:])}
     return {shape for shape in found if len(shape) > 1}  # a vector is a norm's scale, and as long as much else
-
-
-def extents(shape: str) -> list[int]:
-    """Of the first array in a printed shape."""
-    match = re.search(r"\[([\d,]*)\]", shape)
-    return [int(extent) for extent in match[1].split(",") if extent] if match else []
 
 
 def _canonical(sizes: Iterable[int]) -> tuple[int, ...]:
@@ -158,7 +152,7 @@ def _kind(value: Value, buffer: Buffer, origins: Origins, weights: set[tuple[int
     of_loss = scope == "cross_entropy" or "cross_entropy" in path
     if "/optimizer/" in path or scope == "optimizer":
         return OPTIMIZER
-    if _canonical(extents(value.shape)) in weights:
+    if _canonical(arrays.extents_of(value.shape)) in weights:
         copied = made is not None and made.opcode in _COPIES
         return GRADIENTS if (_BACKWARD in path or of_loss or value.start >= begins) and not copied else WEIGHTS
     if of_loss:

@@ -10,7 +10,7 @@ from typing import Any
 from bench.plan.advice import Advice, Situation, advice, reckoned_kept
 from bench.plan.memory import Memory, memory, needed
 from bench.tpu.record import Record
-from bench.tpu.step import StepPrediction, predicted_step
+from bench.tpu.step import StepPrediction, predicted_step, replaced
 from bench.tpu.topology import Topology
 from grug_kernels.mfu import utilisation
 from train.rundir import as_dict, check_fit
@@ -146,8 +146,4 @@ def changed(config: Any, *, model: Mapping[str, Any] | None = None, trainer: Map
         raise ValueError(
             f"--remat {remat}: {type(config.model).__name__} has no such policy. It has: {', '.join(policies)}."
         )
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, **(model or {})),
-        trainer=dataclasses.replace(config.trainer, **(trainer or {})),
-    )
+    return replaced(config, model=model or {}, trainer=trainer or {})

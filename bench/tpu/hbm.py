@@ -82,7 +82,7 @@ def arguments_by_category(module: hlo.Module) -> tuple[dict[str, int], dict[str,
     here: Counter[str] = Counter()
     on_host: Counter[str] = Counter()
     parameters = [i for i in module.computations[module.entry] if i.opcode == "parameter"]
-    for parameter in sorted(parameters, key=lambda parameter: int(parameter.rest.split(")")[0])):
+    for parameter in sorted(parameters, key=lambda parameter: parameter.parameter_number):
         names = re.findall(r"\w+", parameter.op_name)  # the argument's path: state.params.blocks['w']
         category = next((CATEGORIES[name] for name in names if name in CATEGORIES), OTHER)
         found = on_host if "S(5)" in arrays.layout_of(parameter.shape) else here  # memory space 5 is the host's

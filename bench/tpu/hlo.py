@@ -46,6 +46,11 @@ class Instruction:
         return 'custom_call_target="tpu_custom_call"' in self.rest
 
     @property
+    def parameter_number(self) -> int:
+        """Of an instruction whose opcode is "parameter": which argument of its computation it is."""
+        return int(self.rest.split(")")[0])
+
+    @property
     def op_name(self) -> str:
         """The path of JAX's names that the instruction comes from: jit(step)/while/body/dot_general."""
         found = re.search(r'op_name="([^"]*)"', self.rest)

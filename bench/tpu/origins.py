@@ -51,7 +51,7 @@ class Origins:
         self.of: dict[str, dict[str, Value]] = {}
         self._computations = module.computations
         parameters = {
-            _number(instruction): instruction
+            instruction.parameter_number: instruction
             for instruction in module.computations[module.entry]
             if instruction.opcode == "parameter"
         }
@@ -73,7 +73,7 @@ class Origins:
         result: Value = Origin()
         for instruction in self._computations[computation]:
             if instruction.opcode == "parameter":
-                value = arguments[_number(instruction)]
+                value = arguments[instruction.parameter_number]
             else:
                 operands = [values[name] for name in instruction.operands if name in values]
                 value = self._value(instruction, operands)
@@ -119,10 +119,6 @@ def _either(first: Value, second: Value) -> Value:
     if isinstance(first, tuple) and isinstance(second, tuple):
         return tuple(map(_either, first, second))
     return joined([first, second])
-
-
-def _number(parameter: Instruction) -> int:
-    return int(parameter.rest.split(")")[0])
 
 
 class Scope:

@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import importlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -57,11 +57,16 @@ class StepPrediction:
 
 def template(variant: str, *, model: dict[str, Any] | None = None, trainer: dict[str, Any] | None = None) -> Any:
     """The variant's 130M preset, with these fields of its model and its trainer replaced."""
-    config = importlib.import_module(f"grug_model.{variant}.launch").PRESETS["130m"]
+    preset = importlib.import_module(f"grug_model.{variant}.launch").PRESETS["130m"]
+    return replaced(preset, model=model or {}, trainer=trainer or {})
+
+
+def replaced(config: Any, *, model: Mapping[str, Any], trainer: Mapping[str, Any]) -> Any:
+    """The launch configuration with these fields of its model and its trainer replaced."""
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, **(model or {})),
-        trainer=dataclasses.replace(config.trainer, **(trainer or {})),
+        model=dataclasses.replace(config.model, **model),
+        trainer=dataclasses.replace(config.trainer, **trainer),
     )
 
 

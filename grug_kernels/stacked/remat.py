@@ -8,13 +8,14 @@ import jax
 from jax import checkpoint_policies as policies
 from jax.ad_checkpoint import checkpoint_name
 
+# From the most memory of the device to the least:
 # none            nothing runs again but what XLA fuses into its readers: fastest, and the most memory
 # save_matmuls    what matmuls gave, and attention's output and log-sum-exp: only cheap operations run again
 # save_attention  the layer's input, and attention's output and log-sum-exp, so that its kernel never runs again
 # full            the layer's input; the layer runs again in the backward pass
-# offload         as full, but the inputs wait in the host's memory
 # nested          as full, for groups of about sqrt(num_layers) layers: a group's inputs are made again too
-Remat = Literal["none", "save_matmuls", "save_attention", "full", "offload", "nested"]
+# offload         as full, but the inputs wait in the host's memory
+Remat = Literal["none", "save_matmuls", "save_attention", "full", "nested", "offload"]
 
 # What `jax.checkpoint` takes as its policy: those of `jax.checkpoint_policies`, or a function like them.
 Policy = Callable[..., Any]

@@ -43,7 +43,7 @@ class GrugModelConfig:
     # Weights are float32; activations, and weights where they are used, have this type.
     compute_dtype: str = "bfloat16"
     # What a layer keeps for the backward pass, from the most memory to the least: grug_kernels/stacked/remat.py.
-    remat: Literal["none", "save_matmuls", "save_attention", "full", "offload", "nested"] = "full"
+    remat: Literal["none", "save_matmuls", "save_attention", "full", "nested", "offload"] = "full"
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
