@@ -51,11 +51,11 @@ def held(laid_out: LaidOut, axes: Sequence[int]) -> list[Held]:
     axes: sizes of the mesh's axes over which weights are split: gathered, a weight is that many times as long.
     """
     module, layout = laid_out
-    origins = Origins(module)
+    makers = Makers(module)
     weights = weight_shapes(module, axes)
-    begins = _backward_begins(layout, origins)
+    begins = _backward_begins(layout, makers)
     _, buffers = layout.fullest()
-    found = [_classified(buffer, origins, weights, begins) for buffer in buffers]
+    found = [_classified(buffer, makers, weights, begins) for buffer in buffers]
     gaps = layout.heap_bytes - sum(buffer.size for buffer in buffers)
     return [*found, Held(gaps, "", GAPS, "")]
 
@@ -68,7 +68,7 @@ def by_kind(temporaries: Iterable[Held]) -> dict[str, int]:
     return {kind: sizes[kind] for kind in KINDS if sizes[kind]}
 
 
-class Origins:
+class Makers:
     """Which instruction made a value: what loops hand on is followed to the one that makes it inside."""
 
     def __init__(self, module: hlo.Module):
@@ -130,25 +130,25 @@ def _canonical(sizes: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted(size for size in sizes if size > 1))
 
 
-def _backward_begins(layout: Layout, origins: Origins) -> int:
+def _backward_begins(layout: Layout, makers: Makers) -> int:
     """The place in the schedule of the first thing that the backward pass makes."""
     starts = (
         value.start
         for buffer in layout.buffers
         for value in buffer.values
-        if (made := origins.of(value.name)) and made.opcode in _MAKES and _BACKWARD in made.op_name
+        if (made := makers.of(value.name)) and made.opcode in _MAKES and _BACKWARD in made.op_name
     )
     return min(starts, default=0)
 
 
-def _classified(buffer: Buffer, origins: Origins, weights: set[tuple[int, ...]], begins: int) -> Held:
-    value = next((value for value in buffer.values if origins.path(value.name)), buffer.values[0])
-    kind = _kind(value, buffer, origins, weights, begins)
-    return Held(buffer.size, value.shape.partition("{")[0], kind, where(origins.path(value.name), value.name))
+def _classified(buffer: Buffer, makers: Makers, weights: set[tuple[int, ...]], begins: int) -> Held:
+    value = next((value for value in buffer.values if makers.path(value.name)), buffer.values[0])
+    kind = _kind(value, buffer, makers, weights, begins)
+    return Held(buffer.size, value.shape.partition("{")[0], kind, where(makers.path(value.name), value.name))
 
 
-def _kind(value: Value, buffer: Buffer, origins: Origins, weights: set[tuple[int, ...]], begins: int) -> str:
-    path, scope, made = origins.path(value.name), origins.scope(value.name), origins.of(value.name)
+def _kind(value: Value, buffer: Buffer, makers: Makers, weights: set[tuple[int, ...]], begins: int) -> str:
+    path, scope, made = makers.path(value.name), makers.scope(value.name), makers.of(value.name)
     of_loss = scope == "cross_entropy" or "cross_entropy" in path
     if "/optimizer/" in path or scope == "optimizer":
         return OPTIMIZER

@@ -181,7 +181,7 @@ def _backward_blocks(config: Any, topology: Topology) -> BackwardBlocks | None:
         for heads in (model.num_heads, model.num_kv_heads)
     )
     try:
-        return pallas_tpu._blocks(q, k, k, topology.chip.name, None)[1]
+        return pallas_tpu.blocks_for(q, k, k, topology.chip.name, None)[1]
     except (UnsupportedError, ZeroDivisionError):  # no whole head for a device: refused where it is traced
         return None
 

@@ -77,12 +77,16 @@ def attention(
         raise UnsupportedError(f"attention: 'pallas_tpu' takes bfloat16 and float32, not {q.dtype}; use 'xla'.")
     if sm_scale <= 0:
         raise UnsupportedError(f"attention: 'pallas_tpu' takes a positive sm_scale, not {sm_scale}; use 'xla'.")
-    forward, backward = _blocks(q, k, v, chip, block_sizes)
+    forward, backward = blocks_for(q, k, v, chip, block_sizes)
     static = _Static(sm_scale, logit_soft_cap, with_max_logits, forward, backward, interpret)
     return _attention(static, *vary_alike((q, k, v, sinks, intervals)))
 
 
-def _blocks(q, k, v, chip: str, block_sizes: BlockSizes | None) -> tuple[ForwardBlocks, BackwardBlocks]:
+def blocks_for(q, k, v, chip: str, block_sizes: BlockSizes | None) -> tuple[ForwardBlocks, BackwardBlocks]:
+    """The blocks that arrays of these shapes and types run with: the table's, cut to what fits the chip's VMEM.
+
+    Raises UnsupportedError where none fits.
+    """
     num_kv_heads, kv_len = k.shape[2], k.shape[1]
     sizes = (kv_len, num_kv_heads, q.shape[2] // num_kv_heads, q.shape[3], v.shape[3], q.dtype.itemsize)
     error = 0 if q.dtype == jnp.float32 else q.dtype.itemsize
