@@ -75,7 +75,7 @@ def everything_seen(case: Case) -> AttentionMask:
     "kind", ["huge scores", "equal keys", "window of 1", "documents of a tile", "documents across"]
 )
 def test_adversarial(kind):
-    """whole tiles: documents end where tiles of 8 keys do; tiles apart: three keys before."""
+    """Documents of a tile end where tiles of 8 keys do, those across them three keys before."""
     case = CASES[0]
     q, k, v, sinks, *cotangents = case.inputs(5, 1000.0 if kind == "huge scores" else 1.0)
     mask = everything_seen(case)
@@ -83,8 +83,8 @@ def test_adversarial(kind):
         k = jnp.broadcast_to(k[:, :1], k.shape) + 1e-3 * k
     if kind == "window of 1":
         mask = replace(mask, sliding_window=jnp.int32(1))
-    if kind in ("whole tiles", "tiles apart"):
-        ids = (jnp.arange(21) + (3 if kind == "tiles apart" else 0)) // 8
+    if kind.startswith("documents"):
+        ids = (jnp.arange(21) + (3 if kind == "documents across" else 0)) // 8
         mask = replace(mask, segment_ids=jnp.broadcast_to(ids, (2, 21)).astype(jnp.int32))
     inputs = q, k, v, sinks, *cotangents
     assert_as_good_as_plain(case, inputs, mask, compiled(case)(*inputs, mask), from_lse=True)
