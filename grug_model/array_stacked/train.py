@@ -165,7 +165,7 @@ def run_grug(variant: str, config: "GrugBaseLaunchConfig") -> None:
             Profile(config.profile, run.profiler, tracker) as profile,
         ):
             checkpoints = Checkpoints(
-                run.checkpoints, config.checkpoint, metadata=run.describe(trainer.batch_size), resumed=resumed
+                run.checkpoints, config.checkpoint, metadata=run.describe(config, data), resumed=resumed
             )
             state = train(config, data, optimizer, mesh, state, tracker, checkpoints, profile)
 
