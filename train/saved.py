@@ -112,7 +112,13 @@ def load_weights(path: str, variant: str, config: Any, mesh: "Mesh", *, weights:
         )
     transformer = importlib.import_module(f"grug_model.{variant}.model").Transformer
     with jax.set_mesh(mesh), phase(f"loading {weights} weights of {path}"):
-        shape = {field: shapes_of(partial(transformer.init, config.model, key=jax.random.key(0)))}
+        try:
+            shape = {field: shapes_of(partial(transformer.init, config.model, key=jax.random.key(0)))}
+        except ValueError as error:
+            raise ValueError(
+                f"checkpoint {path}: its weights cannot be split over {mesh.shape['data']} x {mesh.shape['model']}"
+                f" devices: {files.first_line(error)}. Let this command see fewer devices (CUDA_VISIBLE_DEVICES)."
+            ) from error
         wanted = layout.stored_arrays(shape)
         arrays.check_specs(path, specs, arrays.specs(wanted))
         try:
@@ -136,10 +142,10 @@ def _metadata(path: str) -> files.Metadata:
 def _configuration(path: str, metadata: files.Metadata) -> tuple[str, Any]:
     """Variant and launch configuration of the run that wrote a checkpoint: from its own metadata.json, so that a copy
     of one directory is enough; of older ones, which say nothing, from the run's config.json."""
-    values, variant, where = metadata.get("config"), metadata.get("variant"), f"{path}/metadata.json"
-    if values is None:
-        run = os.path.dirname(os.path.dirname(path))
-        where = f"{run}/config.json"
+    if "config" in metadata:
+        values, variant, where = metadata["config"], metadata["variant"], f"{path}/metadata.json"
+    else:
+        where = f"{os.path.dirname(os.path.dirname(path))}/config.json"
         fs, plain = lev.url_to_fs(where)
         if not fs.exists(plain):
             raise FileNotFoundError(
