@@ -19,7 +19,7 @@ from train import checkpoint_files as files
 from train import lev
 from train.checkpoint import NoUsableCheckpointError
 from train.data import PreparedData, prepare
-from train.mesh import create_mesh
+from train.mesh import create_mesh, quiet_libtpu
 from train.progress import phase
 from train.rundir import from_dict, say
 
@@ -63,6 +63,7 @@ def open_saved(path: str | Path, *, weights: Weights = "current") -> Saved:
     _check_tokenizer(path, metadata, data)
     import jax
 
+    quiet_libtpu()
     # Fewer devices than the run had may not divide by its model axis.
     mesh = create_mesh(jax.device_count(), model=math.gcd(config.trainer.model_axis, jax.device_count()))
     params = load_weights(path, variant, config, mesh, weights=weights)
