@@ -139,7 +139,7 @@ def stream(params: Any, files: TokenizerFiles, prompt: str, text: Text, sampling
         shown = max(shown, len(whole))
     print(text.after(ids)[shown:], flush=True)
     rate = f", then {(len(ids) - 1) / (perf_counter() - first):.0f} tokens/s" if len(ids) > 1 else ""
-    why = "the document ended" if ids[-1] == files.eos_id else "it was to be no more"
+    why = "the document ended" if ids[-1] == files.eos_id else "as many as were asked for"
     if ids[-1] != files.eos_id and len(ids) < sampling.new_tokens:
         why = f"the model reads {params.config.max_seq_len} tokens and no more"
     say(f"-- {len(ids)} tokens: {why}. The first after {first - start:.1f} s{rate}")

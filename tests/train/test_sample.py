@@ -136,7 +136,10 @@ def test_the_command_continues_texts_one_after_the_other(run, capsys: pytest.Cap
     assert out == "".join(f"{text}\n" for text in expected)
     assert cut.startswith(long)
     assert len(cut) > len(long)
-    assert len(re.findall(r"-- 6 tokens: it was to be no more. The first after [\d.]+ s, then \d+ tokens/s", err)) == 2
+    assert (
+        len(re.findall(r"-- 6 tokens: as many as were asked for\. The first after [\d.]+ s, then \d+ tokens/s", err))
+        == 2
+    )
     capsys.readouterr()
     main(asked)
     assert capsys.readouterr().out == out
