@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loss and exact bits per byte on held-out text, for each tag, by Levanter's `TaggedEvaluator`.
 
-Levanter's own bits per byte is the mean of each batch's ratio, and counts three bytes for a token that is part of a
-character. Ours is the ratio of two sums over the same weighted tokens: of their nats, and of their bytes. Levanter
-means both, by two evaluators that differ in the number they attach to a token; the count of tokens cancels:
+python -m train.evaluate --checkpoint runs/NAME       a saved model, by the command in train/evaluate_saved.py
+
+Levanter's own bits per byte, `bpb_compat` here, is the mean of each batch's ratio, and counts three bytes for a token
+that is part of a character. Ours, `bpb`, is the ratio of two sums over the same weighted tokens: of their nats, and of
+their bytes. Levanter means both, by two evaluators that differ in the number they attach to a token; the count of
+tokens cancels:
 
     bits per byte = sum_t w[t] nats[t] / (ln 2 * sum_t w[t] bytes[t]) = mean nats / (ln 2 * mean bytes)
 """
@@ -11,7 +14,7 @@ means both, by two evaluators that differ in the number they attach to a token; 
 import contextlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
 # (params, batch) -> losses in nats, weights, target token ids: each [batch, seq_len].
 PerTokenLosses = Callable[[Any, Any], tuple["Array", "Array", "Array"]]
+# (batches done, batches)
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -58,26 +63,42 @@ class Evaluator:
 
     <prefix>/{loss, macro_loss, bpb, macro_bpb, loading_time, total_time}, <prefix>/<tag>/{loss, bpb} and
     <prefix>/<parent>/{micro_loss, macro_loss, bpb, macro_bpb}: nats per token, bits per byte, seconds. Micro weights
-    tokens alike (bytes, for bpb), macro weights tags alike.
+    tokens alike (bytes, for bpb), macro weights tags alike. Each bpb has beside it, as bpb_compat, what Levanter calls
+    bpb; it depends on the batch size.
+
+    `progress` is told, before each batch, how many are done, and of how many. After a call `tokens` has the number of
+    those that were evaluated, by tag, weighted as their losses are.
     """
 
-    def __init__(self, nats: Any, num_bytes: Any, mesh: "Mesh"):
+    def __init__(self, nats: Any, num_bytes: Any, mesh: "Mesh", num_batches: int):
         self._nats = nats
         self._num_bytes = num_bytes
         self._mesh = mesh
+        self._num_batches = num_batches
         self._mean_bytes: dict[str, float] | None = None
+        self.tokens: dict[str, int] = {}
 
-    def __call__(self, params: Any, prefix: str = "eval") -> dict[str, float]:
-        mean_nats = self._evaluate(self._nats, params)
+    def __call__(self, params: Any, prefix: str = "eval", progress: Progress | None = None) -> dict[str, float]:
+        found = self._evaluate(self._nats, params, progress)
+        mean_nats = {name: value for name, value in found.items() if not name.endswith("bpb")}
         if self._mean_bytes is None:
             # They depend on the data alone, so once is enough, and XLA drops the model from this program.
-            self._mean_bytes = self._evaluate(self._num_bytes, params)
-        metrics = mean_nats | bits_per_byte(mean_nats, self._mean_bytes)
+            self._mean_bytes = self._evaluate(self._num_bytes, params, None)
+        compat = {f"{name}_compat": value for name, value in found.items() if name.endswith("bpb")}
+        metrics = mean_nats | compat | bits_per_byte(mean_nats, self._mean_bytes)
         return {f"{prefix}/{name}": value for name, value in metrics.items()}
 
-    def _evaluate(self, evaluator: Any, params: Any) -> dict[str, float]:
+    def _evaluate(self, evaluator: Any, params: Any, progress: Progress | None) -> dict[str, float]:
         import jax
 
+        means: Any = None  # Levanter's running ones, which know how many tokens they are of
+
+        def accumulate(*args: Any) -> Any:
+            nonlocal means
+            means = accumulate_batch(*args)
+            return means
+
+        accumulate_batch = evaluator.accum_for_batch
         with contextlib.ExitStack() as stack:
 
             def without_bar(batches: Any, *_: Any, **__: Any) -> Any:
@@ -85,12 +106,22 @@ class Evaluator:
                 # Levanter does not close what it reads from. Where an evaluation fails or is interrupted, the reading
                 # thread would live on, and abort the interpreter at exit (code 134).
                 stack.callback(batches.items.close)
-                return batches
+                return batches if progress is None else _counted(batches, self._num_batches, progress)
 
             stack.enter_context(mock.patch.object(sys.modules[type(evaluator).__module__], "tqdm", without_bar))
+            stack.enter_context(mock.patch.object(evaluator, "accum_for_batch", accumulate))
             stack.enter_context(jax.set_mesh(self._mesh))
             stack.enter_context(lev.axis_mapping({"batch": BATCH_AXES}))
-            return {name: float(value) for name, value in lev.eval_model(evaluator, params).items()}
+            found = {name: float(value) for name, value in lev.eval_model(evaluator, params).items()}
+        counts = jax.device_get(means.loss_per_tag.total)
+        self.tokens = {tag: int(counts[index]) for tag, index in evaluator.dataset.tag_to_index.items()}
+        return found
+
+
+def _counted(batches: Iterable[Any], num_batches: int, progress: Progress) -> Iterator[Any]:
+    for done, batch in enumerate(batches):
+        progress(done, num_batches)
+        yield batch
 
 
 def build_tagged_evaluator(
@@ -124,11 +155,12 @@ def build_tagged_evaluator(
 
     tagged_sets = [(dataset, [tag]) for tag, dataset in build_validation_sets(prepared, data_cfg, seq_len).items()]
 
-    def evaluator_of(loss_fn: PerTokenLosses) -> Any:
+    def evaluator_of(loss_fn: PerTokenLosses, tokenizer: Any = None) -> Any:
         evaluator = lev.TaggedEvaluator(
             batch_size,
             tagged_sets,
             loss_fn,
+            tokenizer=tokenizer,
             device_mesh=mesh,
             axis_mapping={"batch": BATCH_AXES},
             max_examples_per_dataset=cfg.max_examples_per_dataset,
@@ -137,14 +169,16 @@ def build_tagged_evaluator(
         evaluator.loader.max_buffered_batches = 8
         return evaluator
 
-    return Evaluator(evaluator_of(per_token_losses), evaluator_of(per_token_bytes), mesh)
+    nats = evaluator_of(per_token_losses, lev.load_tokenizer(str(prepared.tokenizer_dir)))
+    num_batches = -(-len(nats.dataset.as_sync_dataset()) // batch_size)
+    return Evaluator(nats, evaluator_of(per_token_bytes), mesh, num_batches)
 
 
 def bits_per_byte(mean_nats: dict[str, float], mean_bytes: dict[str, float]) -> dict[str, float]:
     """Exact bits per byte for every mean loss, from the means per token of nats and of bytes under the same names.
 
-    "<where>/loss" and "<where>/micro_loss" give "<where>/bpb"; "<where>/macro_loss" gives "<where>/macro_bpb", the mean
-    over the tags below it.
+    "<where>/loss" and "<where>/micro_loss" give "<where>/bpb". Of several tags, "<parent>/macro_bpb" is the mean
+    of those below a parent, and "macro_bpb" of all.
     """
     bpb, of_tag = {}, {}
     for name, nats in mean_nats.items():
@@ -153,11 +187,9 @@ def bits_per_byte(mean_nats: dict[str, float], mean_bytes: dict[str, float]) -> 
             bpb[where + "bpb"] = nats / (math.log(2) * mean_bytes[name])
             if kind == "loss" and where:
                 of_tag[where] = bpb[where + "bpb"]
-    for name in mean_nats:
-        where, kind = _split(name)
-        if kind == "macro_loss":
-            below = [value for tag, value in of_tag.items() if tag.startswith(where)]
-            bpb[where + "macro_bpb"] = sum(below) / len(below)
+    for parent in {parent for tag in of_tag for parent in _parents(tag)} if len(of_tag) > 1 else ():
+        below = [value for tag, value in of_tag.items() if tag.startswith(parent) and tag != parent]
+        bpb[parent + "macro_bpb"] = sum(below) / len(below)
     return bpb
 
 
@@ -165,3 +197,15 @@ def _split(name: str) -> tuple[str, str]:
     """ "python/code/loss" -> ("python/code/", "loss"); "loss" -> ("", "loss")."""
     where, slash, kind = name.rpartition("/")
     return where + slash, kind
+
+
+def _parents(tag: str) -> Iterator[str]:
+    """ "a/b/c/" -> "", "a/", "a/b/"."""
+    parts = tag.split("/")[:-1]
+    return ("".join(f"{part}/" for part in parts[:depth]) for depth in range(len(parts)))
+
+
+if __name__ == "__main__":
+    from train.evaluate_saved import main
+
+    main()

@@ -49,13 +49,15 @@ class RunDir:
     def profiler(self) -> Path:
         return self.path / "profiler"
 
-    def describe(self, batch_size: int) -> Callable[[int], dict[str, Any]]:
-        """What a checkpoint after `step` steps says of its run."""
+    def describe(self, config: Any, data: Any) -> Callable[[int], dict[str, Any]]:
+        """What a checkpoint after `step` steps says of its run: enough for `train/saved.py` to open a copy of it."""
         return lambda step: {
             "run_id": self.run_id,
             "variant": self.variant,
             "config_hash": self.config_hash,
-            "data_offset": step * batch_size,
+            "data_offset": step * config.trainer.batch_size,
+            "config": as_dict(config),
+            "tokenizer_sha256": data.tokenizer.digest,
         }
 
     @property

@@ -68,14 +68,20 @@ class ArrayStacked[Block]:
         return self._scan(layer, carry, per_layer, remat, unroll)[0]
 
     def scan(
-        self, carry: Any, *shared: Any, per_layer: Any = None, remat: str | Policy = "none", unroll: int = 1
+        self,
+        carry: Any,
+        *shared: Any,
+        per_layer: Any = None,
+        remat: str | Policy = "none",
+        unroll: int = 1,
+        call: Callable[..., Any] = lambda block, *args: block(*args),
     ) -> tuple[Any, Any]:
         """carry, output[i] = block_i(carry, *shared[, per_layer[i]]) for every layer i in turn.
 
         shared: the same for every layer (a mask, say). per_layer: a pytree of arrays [num_layers, ...], whose i-th
         slice is the last argument of layer i (a window, a rope base), or None. remat: what a layer keeps for the
         backward pass, a name of `Remat` or a policy for `jax.checkpoint`. unroll: layers (of each type) per step of the
-        scan.
+        scan. call: what to call in place of block_i, with block_i as its first argument: another method of it.
 
         Returns the last carry, and the outputs with a leading axis num_layers: norms, losses of a router, probes.
 
@@ -85,7 +91,7 @@ class ArrayStacked[Block]:
         """
 
         def layer(carry: Any, block: Any, extras: tuple[Any, ...]) -> tuple[Any, Any]:
-            return block(carry, *shared, *extras)
+            return call(block, carry, *shared, *extras)
 
         return self._scan(layer, carry, per_layer, remat, unroll)
 

@@ -10,7 +10,7 @@ each is gathered over "data" where it is used (FSDP), activations are split over
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -24,6 +24,7 @@ from grug_kernels.mfu import TokenFlops
 from grug_kernels.stacked import ArrayStacked
 
 BATCH = ("replica_dcn", "data")
+HEADS = P(BATCH, None, "model", None)
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,21 @@ class RMSNorm(eqx.Module):
         return (wide * inverse_rms * self.scale).astype(x.dtype)
 
 
+class Cache(NamedTuple):
+    """Keys and values of a layer, for sampling: those of position p lie at p."""
+
+    k: Float[Array, "*layers batch length num_kv_heads head_dim"]
+    v: Float[Array, "*layers batch length num_kv_heads head_dim"]
+
+
 def rotate(
-    x: Float[Array, "batch seq_len heads head_dim"], theta: float
+    x: Float[Array, "batch seq_len heads head_dim"], theta: float, position: Int[Array, "batch seq_len"] | None = None
 ) -> Float[Array, "batch seq_len heads head_dim"]:
     """The pair (x[i], x[i + head_dim/2]) at position t turns by t * theta**(-2i/head_dim). Source: arXiv:2104.09864."""
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None, None] * frequency
+    turns = jnp.arange(x.shape[1], dtype=jnp.float32) if position is None else position.astype(jnp.float32)
+    angle = turns[..., None, None] * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
@@ -139,12 +148,27 @@ class Attention(eqx.Module):
     def __call__(
         self, x: Float[Array, "batch seq_len hidden_dim"], mask: AttentionMask | Intervals
     ) -> Float[Array, "batch seq_len hidden_dim"]:
-        heads = P(BATCH, None, "model", None)
-        q = jnp.einsum("btd,dnh->btnh", x, self.w_q.astype(x.dtype), out_sharding=heads)
-        k = jnp.einsum("bsd,dkh->bskh", x, self.w_k.astype(x.dtype), out_sharding=heads)
-        v = jnp.einsum("bsd,dkh->bskh", x, self.w_v.astype(x.dtype), out_sharding=heads)
-        mixed = attention(rotate(q, self.rope_theta), rotate(k, self.rope_theta), v, mask)
-        return jnp.einsum("btnh,nhd->btd", mixed, self.w_o.astype(x.dtype), out_sharding=P(BATCH, None, None))
+        return self._mixed(*self._heads(x), mask)
+
+    @jax.named_scope("attention_layer")
+    def extend(self, x: Float[Array, "batch seq_len hidden_dim"], position: Int[Array, "batch seq_len"], cache: Cache):
+        """As `__call__`, where each row has read what is in `cache` before its first position; and the cache then."""
+        q, k, v = self._heads(x, position)
+        row = jnp.arange(x.shape[0])[:, None]
+        k = cache.k.at[row, position].set(k, out_sharding=HEADS)
+        v = cache.v.at[row, position].set(v, out_sharding=HEADS)
+        return self._mixed(q, k, v, Intervals(jnp.zeros_like(position), position + 1)), Cache(k, v)
+
+    def _heads(self, x, position=None):
+        """q [batch, seq_len, num_heads, head_dim]; k, v [batch, seq_len, num_kv_heads, head_dim]"""
+        q = jnp.einsum("btd,dnh->btnh", x, self.w_q.astype(x.dtype), out_sharding=HEADS)
+        k = jnp.einsum("bsd,dkh->bskh", x, self.w_k.astype(x.dtype), out_sharding=HEADS)
+        v = jnp.einsum("bsd,dkh->bskh", x, self.w_v.astype(x.dtype), out_sharding=HEADS)
+        return rotate(q, self.rope_theta, position), rotate(k, self.rope_theta, position), v
+
+    def _mixed(self, q, k, v, mask):
+        mixed = attention(q, k, v, mask)
+        return jnp.einsum("btnh,nhd->btd", mixed, self.w_o.astype(q.dtype), out_sharding=P(BATCH, None, None))
 
 
 class MLP(eqx.Module):
@@ -194,6 +218,11 @@ class Block(eqx.Module):
         x = x + self.attention(self.attention_norm(x), mask)
         return x + self.mlp(self.mlp_norm(x))
 
+    def extend(self, x: Float[Array, "batch seq_len hidden_dim"], position: Int[Array, "batch seq_len"], cache: Cache):
+        mixed, cache = self.attention.extend(self.attention_norm(x), position, cache)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), cache
+
 
 class Transformer(eqx.Module):
     token_embed: Float[Array, "vocab_size hidden_dim"]
@@ -224,22 +253,36 @@ class Transformer(eqx.Module):
                 f"Transformer: {seq_len=} is longer than max_seq_len={self.config.max_seq_len}."
                 " Cut the sequences, or train with a larger max_seq_len."
             )
-        # Whole rows on every device make the lookup local; the gradient is summed back onto the shards.
-        with jax.named_scope("embedding"):
-            embed = jax.reshard(self.token_embed.astype(self.config.compute_dtype), P(None, None))
-            x = embed.at[tokens].get(out_sharding=P(BATCH, None, None))
+        x = self._embed(tokens)
         seen = mask.intervals(batch, seq_len, seq_len)  # once for all layers
         x = self.blocks.fold(x, seen, remat=self.config.remat)
         return self.final_norm(x)
 
-    def logits(
-        self, tokens: Int[Array, "batch seq_len"], mask: AttentionMask
-    ) -> Float[Array, "batch seq_len vocab_size"]:
-        """Float32 logits of every position: for looking at and sampling. Training never holds them."""
-        hidden = self(tokens, mask)
+    def empty_cache(self, batch: int, length: int) -> Cache:
+        """Room for `length` positions of every layer, on the mesh of `jax.set_mesh`."""
+        cfg, spec = self.config, P(None, *HEADS)
+        shape = (cfg.num_layers, batch, length, cfg.num_kv_heads, cfg.head_dim)
+        return Cache(*(jnp.zeros(shape, cfg.compute_dtype, out_sharding=spec) for _ in Cache._fields))
+
+    def extend(self, tokens: Int[Array, "batch seq_len"], start: Int[Array, " batch"], cache: Cache):
+        """As `__call__`, for rows whose positions before `start` are in `cache`; and the cache with tokens in it.
+
+        What the cache held from `start` on is forgotten: rows that were padded go on where each of them ends.
+        """
+        position = start[:, None] + jnp.arange(tokens.shape[1])
+        x, cache = self.blocks.scan(self._embed(tokens), position, per_layer=cache, call=Block.extend)
+        return self.final_norm(x), cache
+
+    def unembed(self, hidden: Float[Array, "batch seq_len hidden_dim"]) -> Float[Array, "batch seq_len vocab_size"]:
+        """Float32 logits of what `__call__` or `extend` gave: for sampling. Training never holds them."""
         head = self.lm_head.astype(hidden.dtype)
         out = P(BATCH, None, "model")
         return jnp.einsum("btd,dv->btv", hidden, head, out_sharding=out, preferred_element_type=jnp.float32)
+
+    def logits(
+        self, tokens: Int[Array, "batch seq_len"], mask: AttentionMask
+    ) -> Float[Array, "batch seq_len vocab_size"]:
+        return self.unembed(self(tokens, mask))
 
     def next_token_loss(
         self,
@@ -261,6 +304,12 @@ class Transformer(eqx.Module):
         hidden, labels, _ = self._flat(tokens, loss_weight, mask)
         losses = token_losses(hidden, self.lm_head.astype(hidden.dtype), labels)[0]
         return losses.reshape(tokens.shape)
+
+    def _embed(self, tokens):
+        # Whole rows on every device make the lookup local; the gradient is summed back onto the shards.
+        with jax.named_scope("embedding"):
+            embed = jax.reshard(self.token_embed.astype(self.config.compute_dtype), P(None, None))
+            return embed.at[tokens].get(out_sharding=P(BATCH, None, None))
 
     def _flat(self, tokens, loss_weight, mask):
         """hidden [tokens, hidden_dim]; labels [tokens], the token that follows; weight [tokens], 0 where none does."""

@@ -165,15 +165,10 @@ def run_grug(variant: str, config: "GrugBaseLaunchConfig") -> None:
             Profile(config.profile, run.profiler, tracker) as profile,
         ):
             checkpoints = Checkpoints(
-                run.checkpoints, config.checkpoint, metadata=run.describe(trainer.batch_size), resumed=resumed
+                run.checkpoints, config.checkpoint, metadata=run.describe(config, data), resumed=resumed
             )
             state = train(config, data, optimizer, mesh, state, tracker, checkpoints, profile)
-
-            def logits(params, tokens):
-                return params.logits(tokens, AttentionMask(causal=True))
-
-            max_seq_len = config.model.max_seq_len
-            finish(run, started, lambda: sample(logits, state.params, data.tokenizer_dir, max_seq_len=max_seq_len))
+            finish(run, started, lambda: sample(state.params, data.tokenizer))
 
 
 def train(

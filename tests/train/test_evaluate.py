@@ -62,19 +62,26 @@ def by_hand(prepared, nats, *, examples=None) -> dict[str, float]:
     return expected
 
 
-def without_times(metrics, prefix="eval"):
+def exact(metrics, prefix="eval"):
+    """Without the times, and Levanter's bits per byte: `test_evaluate_saved.py` holds those against Levanter."""
     times = {f"{prefix}/loading_time", f"{prefix}/total_time"}
     assert times <= set(metrics)
-    return {name: value for name, value in metrics.items() if name not in times}
+    assert {name for name in metrics if name.endswith("_compat")} == {
+        f"{name}_compat" for name in metrics if name.endswith("bpb")
+    }
+    return {name: value for name, value in metrics.items() if name not in times and not name.endswith("_compat")}
 
 
 # 7 divides neither set, so the last batch is filled up; 512 is more than there is.
 @pytest.mark.parametrize("batch_size", [4, 7, 512])
 def test_losses_and_bits_per_byte_are_the_sums_by_hand(prepared, batch_size):
     nats = random_nats(prepared)
-    metrics = evaluator_of(prepared, batch_size=batch_size)(jnp.asarray(nats))
+    evaluate = evaluator_of(prepared, batch_size=batch_size)
+    metrics = evaluate(jnp.asarray(nats))
     # Levanter's running means are float32: 1e-5 covers their rounding over a few hundred batches.
-    assert without_times(metrics) == pytest.approx(by_hand(prepared, nats), rel=1e-5)
+    assert exact(metrics) == pytest.approx(by_hand(prepared, nats), rel=1e-5)
+    sets = build_validation_sets(prepared, CONFIG, SEQ_LEN)
+    assert evaluate.tokens == {tag: (SEQ_LEN - 1) * len(sets[tag].as_sync_dataset()) for tag in TAGS}
 
 
 def test_sharded_over_eight_devices_the_answer_is_the_same(prepared):
@@ -84,16 +91,17 @@ def test_sharded_over_eight_devices_the_answer_is_the_same(prepared):
 
     nats = random_nats(prepared)
     evaluate = evaluator_of(prepared, sharded_losses, batch_size=8, mesh=mesh_of(2, 2, 2), examples=5)
-    assert without_times(evaluate(jnp.asarray(nats))) == pytest.approx(by_hand(prepared, nats, examples=5), rel=1e-5)
+    assert exact(evaluate(jnp.asarray(nats))) == pytest.approx(by_hand(prepared, nats, examples=5), rel=1e-5)
 
 
 def test_inside_a_mesh_for_other_weights_under_another_prefix(prepared):
     """As the loop calls it: twice on one step, for the weights and for their average."""
-    nats, mesh = random_nats(prepared), mesh_of(1, 2)
+    nats, mesh, told = random_nats(prepared), mesh_of(1, 2), []
     evaluate = evaluator_of(prepared, mesh=mesh, examples=8)
     with jax.set_mesh(mesh):
-        current = evaluate(jnp.asarray(nats))
+        current = evaluate(jnp.asarray(nats), progress=lambda *done: told.append(done))
         average = evaluate(jnp.asarray(2 * nats), prefix="eval/ema")
+    assert told == [(0, 4), (1, 4), (2, 4), (3, 4)]  # batches of 4, of two sets of 8
     assert average["eval/ema/bpb"] == pytest.approx(2 * current["eval/bpb"])
     assert {name.replace("eval/ema", "eval") for name in average} == set(current)
 
@@ -133,8 +141,21 @@ def test_a_failed_evaluation_leaves_no_thread_behind(prepared):
 
 def test_bits_per_byte_is_a_ratio_of_sums():
     """Batches of 100 tokens, 300 nats and 400 and 200 bytes: 1 nat per byte, where a mean of ratios says 1.125."""
-    bpb = bits_per_byte({"loss": 3.0, "a/loss": 3.0, "macro_loss": 3.0}, {"loss": 3.0, "a/loss": 3.0})
-    assert bpb == pytest.approx(dict.fromkeys(("bpb", "a/bpb", "macro_bpb"), 1 / math.log(2)))
+    nats = {"loss": 3.0, "a/loss": 3.0, "b/loss": 3.0, "macro_loss": 3.0}
+    bpb = bits_per_byte(nats, {"loss": 3.0, "a/loss": 3.0, "b/loss": 1.0})
+    assert bpb == pytest.approx(
+        {name: x / math.log(2) for name, x in {"a/bpb": 1, "b/bpb": 3, "bpb": 1, "macro_bpb": 2}.items()}
+    )
+
+
+def test_a_macro_mean_is_of_the_tags_below_a_parent():
+    """Of any depth; a tag that is a parent itself does not count among those below it; one tag alone has no mean."""
+    tags = {"a/b/c": 1.0, "a/b": 2.0, "a/d": 6.0, "e": 11.0}
+    nats = {f"{tag}/loss": bits * math.log(2) for tag, bits in tags.items()} | {"loss": 1.0}
+    bpb = bits_per_byte(nats, dict.fromkeys(nats, 1.0))
+    macro = {name: value for name, value in bpb.items() if name.endswith("macro_bpb")}
+    assert macro == pytest.approx({"macro_bpb": 5, "a/macro_bpb": 3, "a/b/macro_bpb": 1})
+    assert bits_per_byte({"loss": 1.0, "a/b/loss": 1.0}, {"loss": 1.0, "a/b/loss": 1.0}).keys() == {"bpb", "a/b/bpb"}
 
 
 def test_a_batch_that_does_not_divide_over_the_mesh_is_refused(prepared):

@@ -7,10 +7,14 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 
 from tests.train.tiny import FLAGS, STEPS, Ended, arrays_of, run, run_tiny, saved_steps
+from train.evaluate_saved import main as evaluate
+from train.sample import sample
+from train.saved import open_saved
 from train.summary import History, read_history
 
 BATCH, SEQ_LEN = FLAGS["--trainer.batch-size"], FLAGS["--trainer.seq-len"]
@@ -33,6 +37,7 @@ EVERY_EVALUATION = {
         *("loss", "macro_loss", "bpb", "macro_bpb", "loading_time", "total_time"),
         *("python/micro_loss", "python/macro_loss", "python/bpb", "python/macro_bpb"),
         *("python/prose/loss", "python/prose/bpb", "python/code/loss", "python/code/bpb"),
+        *("bpb_compat", "macro_bpb_compat", "python/prose/bpb_compat", "python/macro_bpb_compat"),
     )
 }
 WHOLE_RUN = {
@@ -126,6 +131,23 @@ def test_a_checkpoint_says_whose_it_is(finished):
     metadata = json.loads((finished.path / "checkpoints/step-3/metadata.json").read_text())
     assert (metadata["run_id"], metadata["variant"], metadata["data_offset"]) == ("whole", "array_stacked", 3 * BATCH)
     assert any(name.startswith("ema_params/") for name in metadata["specs"])
+
+
+def test_evaluating_its_checkpoint_gives_what_it_logged(finished, tmp_path):
+    evaluate(
+        ["--checkpoint", "runs/whole/checkpoints/step-3", "--weights", "both", "--json", str(tmp_path / "eval.json")]
+    )
+    found, row = json.loads((tmp_path / "eval.json").read_text()), finished.history.rows[3]
+    logged = {name: value for name, value in row.items() if name.startswith("eval/") and not name.endswith("_time")}
+    assert {name: found["metrics"][name] for name in logged} == pytest.approx(logged, rel=1e-6)
+    assert (found["step"], found["tokens"]) == (3, dict.fromkeys(("python/prose", "python/code"), 8 * (SEQ_LEN - 1)))
+
+
+def test_sampling_from_its_checkpoint_gives_the_lines_of_the_summary(finished):
+    saved = open_saved("runs/whole")
+    with jax.set_mesh(saved.mesh):
+        lines = sample(saved.params, saved.data.tokenizer)
+    assert lines == json.loads((finished.path / "summary.json").read_text())["samples"]
 
 
 def test_starting_a_finished_run_again_says_so_and_does_nothing(finished):
