@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""lm-eval end to end, offline: in a run, on its checkpoint, on tasks of held-out text and on one's own."""
+
+import contextlib
+import io
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from tokenizers import Tokenizer
+
+from tests.train.tiny import FLAGS, Ended, flags, run, run_tiny
+from train import harness as harness_module
+from train import lm_eval
+from train.data import DataConfig, prepare
+from train.harness import HarnessConfig, check_installed, metrics_of
+from train.held_out_tasks import CONTINUATION_LENGTH, MAX_CHARACTERS, held_out_tasks, passages_of, questions_of
+
+pytestmark = pytest.mark.usefixtures("folder")
+BOTH = "grug_continuation,grug_held_out"
+LIMIT = 6
+# The same sums over float32 losses, of other packings.
+CLOSE = 1e-5
+
+SPELLING = {
+    "task": "spelling",
+    "dataset_path": "json",
+    "test_split": "test",
+    "fewshot_split": "test",
+    "output_type": "multiple_choice",
+    "doc_to_text": "question",
+    "doc_to_choice": "choices",
+    "doc_to_target": "label",
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    "metadata": {"version": 1.0},
+}
+ROWS = [
+    {"question": "import", "choices": ["sys", "xyz"], "label": 0},
+    {"question": "def __init__(", "choices": ["qq", "self"], "label": 1},
+    {"question": "return", "choices": ["None", "Nnoe"], "label": 0},
+]
+
+
+@pytest.fixture(scope="module")
+def prepared(grug_cache):
+    return prepare(DataConfig(cache_dir=str(grug_cache), vocab_size=FLAGS["--data.vocab-size"]), lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def trained(folder) -> Path:
+    """A run that evaluated itself at steps 4 and 6, its last."""
+    changed = {"--eval.harness.tasks": BOTH, "--eval.harness.every": 4, "--eval.harness.limit": LIMIT}
+    ended = run_tiny("harnessed", **changed)
+    assert ended.code == 0, ended.text
+    return Path("runs/harnessed")
+
+
+def own_task(folder: Path, **changed) -> Path:
+    """A folder with a task file and its data."""
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    where = {"data_files": {"test": str(folder / "rows.jsonl")}, "cache_dir": str(folder / "arrow")}
+    (folder / "spelling.yaml").write_text(yaml.safe_dump(SPELLING | {"dataset_kwargs": where} | changed))
+    return folder
+
+
+def evaluated(*argv: object) -> tuple[Ended, str]:
+    """`python -m train.lm_eval argv...` in this process: how it ended, with stderr, and its stdout."""
+    said, printed, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(printed):
+        try:
+            lm_eval.main([str(part) for part in argv])
+        except SystemExit as end:
+            code = end.code
+    return Ended(code, said.getvalue()), printed.getvalue()
+
+
+def metrics_at(run_dir: Path, step: int) -> dict[str, float]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    found = {}
+    for row in rows:
+        if row.get("step") == step:
+            found |= {name: value for name, value in row["metrics"].items() if name.startswith("lm_eval/")}
+    return found
+
+
+def test_a_run_logs_its_tasks_where_they_are_due(trained):
+    assert {step for step in range(1, 7) if metrics_at(trained, step)} == {4, 6}
+    metrics = metrics_at(trained, 6)
+    assert set(metrics) == {
+        *(f"lm_eval/grug_continuation/{name}" for name in ("acc", "acc_norm", "acc_stderr", "acc_norm_stderr")),
+        *(f"lm_eval/grug_held_out/{name}" for name in ("bits_per_byte", "byte_perplexity", "word_perplexity")),
+        *(f"lm_eval/{task}/sample_len" for task in ("grug_continuation", "grug_held_out")),
+        *(
+            f"lm_eval/averages/{kind}_avg_{name}"
+            for kind in ("macro", "micro")
+            for name in ("acc", "acc_norm", "bits_per_byte", "byte_perplexity", "word_perplexity")
+        ),
+    }
+    assert metrics["lm_eval/grug_continuation/sample_len"] == LIMIT
+    # Of a model that has seen 1500 tokens: better than a byte at random, worse than any that has learnt something.
+    assert 4 < metrics["lm_eval/grug_held_out/bits_per_byte"] < 8
+    assert (
+        metrics["lm_eval/grug_held_out/bits_per_byte"] < metrics_at(trained, 4)["lm_eval/grug_held_out/bits_per_byte"]
+    )
+
+
+def test_its_checkpoint_gets_the_same_from_the_command_line(trained):
+    """In batches of another size."""
+    ended, printed = evaluated(
+        "--checkpoint", trained, "--tasks", BOTH, "--limit", LIMIT, "--json", "out.json", "--batch-size", 64
+    )
+    assert ended.code == 0, ended.text
+    out = json.loads(Path("out.json").read_text())
+    assert out["metrics"] == pytest.approx(metrics_at(trained, 6), rel=CLOSE)
+    assert (out["step"], out["weights"], out["seq_len"]) == (6, "current", 32)
+    assert out["checkpoint"].endswith("runs/harnessed/checkpoints/step-6")
+    assert out["n-samples"]["grug_continuation"] == {"original": 400, "effective": LIMIT}
+    assert "|grug_continuation|" in printed
+    assert "bits_per_byte" in printed
+    # 32 tokens are too few for these passages.
+    [remark] = out["remarks"]
+    assert remark.startswith(f"{4 * LIMIT} requests of grug_continuation are longer than 32 tokens")
+    assert "lm_eval: done in" in ended.text
+
+
+def test_bits_per_byte_of_documents_is_the_sum_of_all_nats_over_all_bytes(trained, prepared):
+    """By hand: windows of 31 predicted tokens, which follow the end of a document or the windows before."""
+    import jax
+
+    from grug_kernels.attention import AttentionMask
+    from train.saved import open_saved
+
+    texts = [json.loads(line)["text"] for line in (held_out_tasks(prepared) / "grug_held_out.jsonl").open()][:2]
+    tokenizer = Tokenizer.from_file(str(prepared.tokenizer_dir / "tokenizer.json"))
+    saved = open_saved(trained)
+    rows, scored = [], []
+    for text in texts:
+        sequence = [prepared.tokenizer.eos_id, *tokenizer.encode(text).ids]
+        for start in range(1, len(sequence), 31):
+            end = min(start + 31, len(sequence))
+            rows.append(sequence[max(0, end - 32) : end])
+            scored.append(end - start)
+    nats = 0.0
+    with jax.set_mesh(saved.mesh):
+        logits_of = jax.jit(lambda params, tokens: params.logits(tokens, AttentionMask(causal=True)))
+        for first in range(0, len(rows), 64):
+            some = rows[first : first + 64]
+            tokens = np.zeros((64, 32), np.int32)
+            for row, part in zip(tokens, some, strict=False):
+                row[: len(part)] = part
+            placed = jax.device_put(tokens, jax.P(("replica_dcn", "data"), None))
+            logits = np.asarray(logits_of(saved.params, placed), np.float64)
+            loss = np.logaddexp.reduce(logits[:, :-1], axis=-1)
+            loss -= np.take_along_axis(logits[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
+            for row, part, count in zip(loss, some, scored[first : first + 64], strict=False):
+                nats += row[len(part) - 1 - count : len(part) - 1].sum()
+    expected = nats / math.log(2) / sum(len(text.encode()) for text in texts)
+    evaluated("--checkpoint", trained, "--tasks", "grug_held_out", "--limit", 2, "--json", "two.json")
+    found = json.loads(Path("two.json").read_text())["metrics"]
+    assert found["lm_eval/grug_held_out/bits_per_byte"] == pytest.approx(expected, rel=CLOSE)
+
+
+def test_ones_own_task_file(trained, tmp_path):
+    own = own_task(tmp_path / "own")
+    command = ("--checkpoint", trained, "--tasks", "spelling", "--include", own, "--json", "own.json")
+    ended, _ = evaluated(*command)
+    assert ended.code == 0, ended.text
+    zero = json.loads(Path("own.json").read_text())
+    assert zero["metrics"]["lm_eval/spelling/acc"] in {0, 1 / 3, 2 / 3, 1}
+    assert zero["n-shot"] == {"spelling": 0}
+    ended, _ = evaluated(*command, "--num-fewshot", 2)
+    assert ended.code == 0, ended.text
+    assert json.loads(Path("own.json").read_text())["n-shot"] == {"spelling": 2}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "changed", "parts"),
+    [
+        (
+            "grug_continuatoin",
+            {},
+            ["there is no task grug_continuatoin. Like grug_continuatoin: grug_continuation", "spelling"],
+        ),
+        ("hellaswag", {}, ["the data of the task hellaswag are not on this machine", "HF_HUB_OFFLINE=0"]),
+        ("spelling", {"output_type": "generate_until"}, ["spelling: generated text (generate_until) cannot"]),
+        ("spelling", {"doc_to_choice": "{{colour}}"}, ["the task spelling cannot be loaded: UndefinedError: 'colour'"]),
+        (" ,", {}, ["tasks=' ,' names none"]),
+    ],
+)
+def test_a_task_that_cannot_be_evaluated(trained, tmp_path, tasks, changed, parts):
+    ended, _ = evaluated("--checkpoint", trained, "--tasks", tasks, "--include", own_task(tmp_path / "own", **changed))
+    assert ended.code == 2, ended.text
+    assert "Traceback" not in ended.text
+    for part in parts:
+        assert part in ended.text
+
+
+def test_a_task_file_that_lm_eval_passes_over_in_silence_is_named(trained, tmp_path):
+    own = own_task(tmp_path / "own")
+    (own / "spelling.yaml").write_text("task: [spelling")
+    ended, _ = evaluated("--checkpoint", trained, "--tasks", "spelling", "--include", own)
+    assert f"Files without a task that lm-eval can read: {own}/spelling.yaml." in ended.text
+
+
+def test_other_mistakes_on_the_command_line(trained, tmp_path):
+    command = ("--checkpoint", trained, "--tasks", BOTH)
+    for more, part in {
+        ("--json", "nowhere/out.json"): "there is no folder nowhere",
+        ("--batch-size", 0): "--batch-size 0: it is at least 1",
+        ("--limit", 0): "limit=0; it is at least 1",
+        ("--include", tmp_path): "is no folder with task files",
+        ("--weights", "ema"): "the run kept no moving average",
+    }.items():
+        ended, _ = evaluated(*command, *more)
+        assert (ended.code, part in ended.text) == (2, True), ended.text
+
+
+def test_without_lm_eval_nothing_starts(monkeypatch, folder):
+    monkeypatch.setattr(harness_module.importlib.util, "find_spec", lambda name: None)
+    message = "grug_held_out need lm-eval, which is not installed. Run `uv sync --extra eval`"
+    ended, _ = evaluated("--checkpoint", "runs/harnessed", "--tasks", "grug_held_out")
+    assert (ended.code, message in ended.text) == (2, True)
+    ended = run(*flags({"--eval.harness.tasks": "grug_held_out"}), "--run-id", "without")
+    assert (ended.code, message in ended.text) == (2, True)
+    assert not Path("runs/without/config.json").exists()
+    check_installed(HarnessConfig())  # a run that names no task does not need it
+
+
+def test_questions_are_the_same_every_time_and_their_answers_are_not_given_away(prepared):
+    texts = prepared.corpus.texts("prose", "validation")
+    questions = questions_of(texts)
+    random.seed(1)
+    assert questions_of(texts) == questions
+    labels = [question["label"] for question in questions]
+    assert all(labels.count(label) > len(labels) / 8 for label in range(4))
+    for question in questions:
+        choices = question["choices"]
+        assert len(set(choices)) == 4
+        right = [
+            document for document, text in enumerate(texts) if question["context"] + choices[question["label"]] in text
+        ]
+        assert right
+        assert all(choice[0].isspace() and not choice[-1].isspace() for choice in choices)
+        assert not question["context"][-1].isspace()
+
+
+def test_passages_follow_one_another_and_leave_out_what_has_no_words():
+    text = "one two three " * 100 + "x" * 5000 + " four five six" * 100
+    passages = list(passages_of(text, 3))
+    assert len(passages) >= 5
+    for passage in passages:
+        assert passage.context + passage.continuation in text
+        assert CONTINUATION_LENGTH <= len(passage.continuation) < CONTINUATION_LENGTH + 10
+        assert "xx" not in passage.context + passage.continuation
+
+
+def test_tasks_are_written_once_and_say_what_they_leave_out(tmp_path, prepared):
+    said = []
+    first = held_out_tasks(prepared, said.append)
+    assert held_out_tasks(prepared, lambda text: pytest.fail(text)) == first
+    documents = [json.loads(line) for line in (first / "grug_held_out.jsonl").open()]
+    for component in ("prose", "code"):
+        length = sum(len(row["text"]) for row in documents if row["component"] == component)
+        assert length == min(MAX_CHARACTERS, sum(map(len, prepared.corpus.texts(component, "validation"))))
+
+
+def test_averages_are_levanters():
+    """Macro: tasks alike; micro: documents alike. A group is no task, and a standard error has no average."""
+    results = {
+        "results": {
+            "a": {
+                "alias": "a",
+                "sample_len": 10,
+                "acc,none": 0.5,
+                "acc_stderr,none": 0.1,
+                "f1,strict": np.float64(1.0),
+            },
+            "b": {"alias": "b", "sample_len": 30, "acc,none": 0.9, "acc_stderr,none": "N/A"},
+            "group": {"alias": "group", "acc,none": 0.8},
+        },
+        "n-samples": {"a": {"original": 20, "effective": 10}, "b": {"original": 30, "effective": 30}},
+    }
+    assert metrics_of(results, "lm_eval/ema") == pytest.approx(
+        {
+            "lm_eval/ema/a/acc": 0.5,
+            "lm_eval/ema/a/acc_stderr": 0.1,
+            "lm_eval/ema/a/f1,strict": 1.0,
+            "lm_eval/ema/a/sample_len": 10,
+            "lm_eval/ema/b/acc": 0.9,
+            "lm_eval/ema/b/sample_len": 30,
+            "lm_eval/ema/group/acc": 0.8,
+            "lm_eval/ema/averages/macro_avg_acc": 0.7,
+            "lm_eval/ema/averages/micro_avg_acc": 0.8,
+            "lm_eval/ema/averages/macro_avg_f1,strict": 1.0,
+            "lm_eval/ema/averages/micro_avg_f1,strict": 1.0,
+        }
+    )
+
+
+def test_numbers_drawn_by_others_go_on_as_if_no_task_had_drawn_any():
+    random.seed(5)
+    np.random.seed(5)
+    expected = random.random(), np.random.rand()
+    random.seed(5)
+    np.random.seed(5)
+    with harness_module.quiet_and_seeded():
+        drawn = random.random(), np.random.rand()
+    with harness_module.quiet_and_seeded():
+        assert (random.random(), np.random.rand()) == drawn
+    assert (random.random(), np.random.rand()) == expected
