@@ -57,8 +57,8 @@ def held_out_tasks(prepared: PreparedData, progress: Callable[[str], None] = pri
                 f"lm_eval: {HELD_OUT} has {len(sample)} of {len(texts)} held-out documents of {component},"
                 f" {sum(map(len, sample))} of {sum(map(len, texts))} characters"
             )
-        random.Random(0).shuffle(questions)  # so that the first few (`limit`) are of every component
         for task, rows in ((CONTINUATION, questions), (HELD_OUT, documents)):
+            random.Random(0).shuffle(rows)  # so that the first few (`limit`) are of every component
             if not rows:
                 progress(f"lm_eval: too little held-out text for {task}: there will be no such task")
                 continue

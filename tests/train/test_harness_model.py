@@ -147,7 +147,7 @@ def test_their_order_does_not_matter():
 
 
 def test_without_segment_ids_these_requests_would_see_each_other():
-    """Or the tests above could not tell."""
+    """Or the tests above could not tell. The first of each row sees no other in any case: about half of these."""
 
     def one_segment(batch):
         return score_of("base")(replace(batch, segment_ids=np.zeros_like(batch.segment_ids)))
@@ -155,7 +155,7 @@ def test_without_segment_ids_these_requests_would_see_each_other():
     found = model(score=one_segment).loglikelihood(requests("loglikelihood", *PAIRS))
     expected = [by_hand(encode(before), encode(after))[0] for before, after in PAIRS]
     away = np.abs(np.array([nats for nats, _ in found]) - expected)
-    assert np.mean(away > 1000 * TOLERANCE) > 0.5
+    assert np.mean(away > 1000 * TOLERANCE) > 0.4
 
 
 def test_greedy_only_if_every_token_is_the_likeliest():
