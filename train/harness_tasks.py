@@ -10,15 +10,19 @@ from typing import Any
 from lm_eval.tasks import TaskManager
 
 from train.data import PreparedData
-from train.harness import HarnessConfig
+from train.harness import FEWSHOT_SEED, HarnessConfig
 from train.harness_model import no_generation
 from train.held_out_tasks import held_out_tasks
 
 log = logging.getLogger(__name__)
 
+GENERATION = "generate_until"
+
 
 def load_tasks(cfg: HarnessConfig, prepared: PreparedData, say: Callable[[str], None]) -> dict[str, Any]:
     """What `lm_eval.evaluator.evaluate` takes: the tasks of `cfg`, and the groups that they are of.
+
+    Every request is made once, so that a task whose template fails for one of its rows fails here, not in mid-run.
 
     Raises:
       ValueError: a name is unknown; a task cannot be loaded, or generates text.
@@ -30,15 +34,15 @@ def load_tasks(cfg: HarnessConfig, prepared: PreparedData, say: Callable[[str], 
         manager = TaskManager(include_path=folders)
     if unknown := [name for name in cfg.names if not _knows(manager, name)]:
         raise ValueError(_no_such_tasks(unknown, manager, folders))
+    if generating := {name for name in cfg.names if _generates(manager, name)}:
+        raise ValueError(no_generation(generating))
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in cfg.names:
         say(name)
-        for kind, entries in _load(manager, name).items():
+        for kind, entries in _load(manager, name, cfg).items():
             loaded[kind] |= entries
-    if generating := {name for name, task in loaded["tasks"].items() if task.OUTPUT_TYPE == "generate_until"}:
+    if generating := {name for name, task in loaded["tasks"].items() if task.OUTPUT_TYPE == GENERATION}:
         raise ValueError(no_generation(generating))
-    for name, task in loaded["tasks"].items():
-        _set_fewshot(name, task, cfg.num_fewshot)
     return loaded
 
 
@@ -58,6 +62,12 @@ def _knows(manager: TaskManager, name: str) -> bool:
     return name in manager.task_index or Path(name).is_file()
 
 
+def _generates(manager: TaskManager, name: str) -> bool:
+    """By its file alone: nothing should be fetched for a task that is refused."""
+    entry = manager.task_index.get(name)
+    return entry is not None and (entry.cfg or {}).get("output_type") == GENERATION
+
+
 def _no_such_tasks(unknown: list[str], manager: TaskManager, folders: list[Path]) -> str:
     ours = sorted(
         name
@@ -75,9 +85,14 @@ def _no_such_tasks(unknown: list[str], manager: TaskManager, folders: list[Path]
     return " ".join(said)
 
 
-def _load(manager: TaskManager, name: str) -> dict[str, Any]:
+def _load(manager: TaskManager, name: str, cfg: HarnessConfig) -> dict[str, Any]:
     try:
-        return dict(manager.load([name]))
+        loaded = dict(manager.load([name]))
+        for task_name, task in loaded["tasks"].items():
+            _set_fewshot(task_name, task, cfg.num_fewshot)
+            task.set_fewshot_seed(FEWSHOT_SEED)
+            task.build_all_requests(limit=cfg.limit)
+        return loaded
     except OSError as error:  # of the hub: no network, offline by choice, no such data set
         raise ValueError(
             f"lm_eval: the data of the task {name} are not on this machine ({type(error).__name__}: {_first(error)})."

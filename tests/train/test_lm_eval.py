@@ -185,6 +185,12 @@ def test_ones_own_task_file(trained, tmp_path):
     [
         ("spelling", {"output_type": "generate_until"}, ["spelling: generated text (generate_until) cannot"]),
         ("spelling", {"doc_to_choice": "{{colour}}"}, ["the task spelling cannot be loaded: UndefinedError: 'colour'"]),
+        # Of the second row alone.
+        (
+            "spelling",
+            {"doc_to_text": "{{1 // (1 - label)}}"},
+            ["the task spelling cannot be loaded: ZeroDivisionError"],
+        ),
         (" ,", {}, ["tasks=' ,' names none"]),
     ],
 )
