@@ -27,7 +27,7 @@ def load_tasks(cfg: HarnessConfig, prepared: PreparedData, say: Callable[[str], 
     Raises:
       ValueError: a name is unknown; a task cannot be loaded, or generates text.
     """
-    folders = [held_out_tasks(prepared, say), *_own_folder(cfg)]
+    folders: list[str | Path] = [held_out_tasks(prepared, say), *_own_folder(cfg)]
     manager = TaskManager(include_path=folders, include_defaults=False)
     if not all(_knows(manager, name) for name in cfg.names):
         say("reading the list of lm-eval's own")  # thousands of files, some seconds
@@ -68,7 +68,7 @@ def _generates(manager: TaskManager, name: str) -> bool:
     return entry is not None and (entry.cfg or {}).get("output_type") == GENERATION
 
 
-def _no_such_tasks(unknown: list[str], manager: TaskManager, folders: list[Path]) -> str:
+def _no_such_tasks(unknown: list[str], manager: TaskManager, folders: list[str | Path]) -> str:
     ours = sorted(
         name
         for name, entry in manager.task_index.items()
@@ -79,7 +79,9 @@ def _no_such_tasks(unknown: list[str], manager: TaskManager, folders: list[Path]
     said += [f"Like {name}: {', '.join(names)}." for name, names in near.items() if names]
     said.append(f"Of held-out text and your own: {', '.join(ours)}.")
     read = {entry.yaml_path for entry in manager.task_index.values()}
-    if skipped := [str(file) for folder in folders for file in sorted(folder.glob("**/*.yaml")) if file not in read]:
+    if skipped := [
+        str(file) for folder in folders for file in sorted(Path(folder).glob("**/*.yaml")) if file not in read
+    ]:
         # lm-eval passes over them in silence.
         said.append(f"Files without a task that lm-eval can read: {', '.join(skipped)}.")
     return " ".join(said)
@@ -87,7 +89,7 @@ def _no_such_tasks(unknown: list[str], manager: TaskManager, folders: list[Path]
 
 def _load(manager: TaskManager, name: str, cfg: HarnessConfig) -> dict[str, Any]:
     try:
-        loaded = dict(manager.load([name]))
+        loaded: dict[str, Any] = dict(manager.load([name]))
         for task_name, task in loaded["tasks"].items():
             _set_fewshot(task_name, task, cfg.num_fewshot)
             task.set_fewshot_seed(FEWSHOT_SEED)

@@ -267,7 +267,7 @@ class Transformer(eqx.Module):
     ) -> tuple[Float[Array, "batch seq_len"], Bool[Array, "batch seq_len"]]:
         """`next_token_losses`, and whether the next token is the most likely one."""
         hidden, labels, _ = self._flat(tokens, loss_weight, mask)
-        losses, _, argmax = token_losses(hidden, self.lm_head.astype(hidden.dtype), labels, return_argmax=True)
+        losses, *_, argmax = token_losses(hidden, self.lm_head.astype(hidden.dtype), labels, return_argmax=True)
         return losses.reshape(tokens.shape), (argmax == labels).reshape(tokens.shape)
 
     def _flat(self, tokens, loss_weight, mask):
