@@ -259,6 +259,8 @@ def test_questions_are_the_same_every_time_and_their_answers_are_not_given_away(
             document for document, text in enumerate(texts) if question["context"] + choices[question["label"]] in text
         ]
         assert right
+        own = {passage.continuation for document in right for passage in passages_of(texts[document], document)}
+        assert own & set(choices) == {choices[question["label"]]}  # the others are of other documents
         assert all(choice[0].isspace() and not choice[-1].isspace() for choice in choices)
         assert not question["context"][-1].isspace()
 
