@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from jax import Array
     from jax.sharding import Mesh
 
-    from train.packing import PackedBatch
+    from train.harness_packing import PackedBatch
 
 # (params, batch) -> for every position the nats of the next token, and whether none is likelier: each [batch, seq_len].
 PerTokenScores = Callable[[Any, Any], tuple["Array", "Array"]]

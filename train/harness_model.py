@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from train.packing import PackedBatch, Piece, packed_batches
+from train.harness_packing import PackedBatch, Piece, packed_batches
 
 log = logging.getLogger(__name__)
 

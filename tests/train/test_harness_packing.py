@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.packing import PADDING, Piece, packed_batches
+from train.harness_packing import PADDING, Piece, packed_batches
 
 SEQ_LEN = 12
 # Lengths that fill a row, that leave one place, and that need one more.
