@@ -11,11 +11,9 @@ import jax
 import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
 
 from grug_kernels.attention import AttentionMask
 from tests.model.variants import BATCH, VARIANTS, part, tiny_config
-from train import lev
 from train.harness import scorer
 from train.harness_model import HarnessModel
 from train.mesh import create_mesh
@@ -210,29 +208,6 @@ def test_a_continuation_without_a_token_counts_as_certain_and_that_is_said(caplo
     assert found[2][0] < 0
     assert "2 of 3 requests of some_task have a continuation that begins within a token of the context" in caplog.text
     assert model().loglikelihood_rolling(requests("loglikelihood_rolling", ("",))) == [0.0]
-
-
-def test_texts_are_encoded_and_cut_as_lm_eval_does(grug_cache):
-    """Spaces at the end of a context go with the continuation; both are encoded as one text."""
-    [folder] = grug_cache.glob("tokenizer-*")
-    tokenizer = lev.load_tokenizer(str(folder))
-    lm = model(tokenizer=tokenizer)
-
-    class Theirs(TemplateLM):
-        eot_token_id = tokenizer.eos_token_id
-        tok_encode = staticmethod(lambda string, **_: tokenizer.encode(string, add_special_tokens=False))
-        _loglikelihood_tokens = loglikelihood_rolling = generate_until = None
-
-    for pair in [
-        ("The for statement", " is used"),
-        ("The for statement ", "is used"),
-        ("def f(x):\n    ", "return x"),
-        ("impo", "rt sys"),
-        ("naïve caf", "é"),
-        ("a\n\n", "\n b"),
-    ]:
-        assert lm._encoded(*pair) == Theirs()._encode_pair(*pair), pair
-    assert lm._encoded(" ", "is")[1] == tokenizer.encode(" is")
 
 
 def test_weights_that_are_not_finite_are_not_scored():

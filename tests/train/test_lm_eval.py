@@ -8,18 +8,21 @@ import math
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import lm_eval as lm_eval_package
 import numpy as np
 import pytest
 import yaml
+from lm_eval.api.model import TemplateLM
 from tokenizers import Tokenizer
 
 from tests.train.tiny import FLAGS, Ended, flags, run, run_tiny
 from train import harness as harness_module
-from train import lm_eval
+from train import lev, lm_eval
 from train.data import DataConfig, prepare
 from train.harness import HarnessConfig, check_installed, metrics_of
+from train.harness_model import HarnessModel
 from train.held_out_tasks import CONTINUATION_LENGTH, MAX_CHARACTERS, held_out_tasks, passages_of, questions_of
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -165,6 +168,29 @@ def test_bits_per_byte_of_documents_is_the_sum_of_all_nats_over_all_bytes(traine
     evaluated("--checkpoint", trained, "--tasks", "grug_held_out", "--limit", 2, "--json", "two.json")
     found = json.loads(Path("two.json").read_text())["metrics"]
     assert found["lm_eval/grug_held_out/bits_per_byte"] == pytest.approx(expected, rel=CLOSE)
+
+
+def test_texts_are_encoded_and_cut_as_lm_eval_does(prepared):
+    """Spaces at the end of a context go with the continuation; both are encoded as one text."""
+    tokenizer = lev.load_tokenizer(str(prepared.tokenizer_dir))
+    nothing: Any = None
+    ours = HarnessModel(tokenizer, seq_len=16, batch_size=1, score=nothing, say=nothing, remarks={})
+
+    class Theirs(TemplateLM):
+        eot_token_id = tokenizer.eos_token_id
+        tok_encode = staticmethod(lambda string, **_: tokenizer.encode(string, add_special_tokens=False))
+        _loglikelihood_tokens = loglikelihood_rolling = generate_until = nothing
+
+    for pair in [
+        ("The for statement", " is used"),
+        ("The for statement ", "is used"),
+        ("def f(x):\n    ", "return x"),
+        ("impo", "rt sys"),
+        ("naïve caf", "é"),
+        ("a\n\n", "\n b"),
+    ]:
+        assert ours._encoded(*pair) == Theirs()._encode_pair(*pair), pair
+    assert ours._encoded(" ", "is") == ([tokenizer.eos_token_id], tokenizer.encode(" is"))
 
 
 def test_ones_own_task_file(trained, tmp_path):
