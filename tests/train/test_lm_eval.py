@@ -23,7 +23,7 @@ from train import lev, lm_eval
 from train.data import DataConfig, prepare
 from train.harness import HarnessConfig, check_installed, metrics_of
 from train.harness_model import HarnessModel
-from train.held_out_tasks import CONTINUATION_LENGTH, MAX_CHARACTERS, held_out_tasks, passages_of, questions_of
+from train.held_out_tasks import held_out_tasks
 
 pytestmark = pytest.mark.usefixtures("folder")
 BOTH = "grug_continuation,grug_held_out"
@@ -269,46 +269,6 @@ def test_without_lm_eval_nothing_starts(monkeypatch, folder):
     assert (ended.code, message in ended.text) == (2, True)
     assert not Path("runs/without/config.json").exists()
     check_installed(HarnessConfig())  # a run that names no task does not need it
-
-
-def test_questions_are_the_same_every_time_and_their_answers_are_not_given_away(prepared):
-    texts = prepared.corpus.texts("prose", "validation")
-    questions = questions_of(texts)
-    random.seed(1)
-    assert questions_of(texts) == questions
-    labels = [question["label"] for question in questions]
-    assert all(labels.count(label) > len(labels) / 8 for label in range(4))
-    for question in questions:
-        choices = question["choices"]
-        assert len(set(choices)) == 4
-        right = [
-            document for document, text in enumerate(texts) if question["context"] + choices[question["label"]] in text
-        ]
-        assert right
-        own = {passage.continuation for document in right for passage in passages_of(texts[document], document)}
-        assert own & set(choices) == {choices[question["label"]]}  # the others are of other documents
-        assert all(choice[0].isspace() and not choice[-1].isspace() for choice in choices)
-        assert not question["context"][-1].isspace()
-
-
-def test_passages_follow_one_another_and_leave_out_what_has_no_words():
-    text = "one two three " * 100 + "x" * 5000 + " four five six" * 100
-    passages = list(passages_of(text, 3))
-    assert len(passages) >= 5
-    for passage in passages:
-        assert passage.context + passage.continuation in text
-        assert CONTINUATION_LENGTH <= len(passage.continuation) < CONTINUATION_LENGTH + 10
-        assert "xx" not in passage.context + passage.continuation
-
-
-def test_tasks_are_written_once_and_say_what_they_leave_out(tmp_path, prepared):
-    said = []
-    first = held_out_tasks(prepared, said.append)
-    assert held_out_tasks(prepared, lambda text: pytest.fail(text)) == first
-    documents = [json.loads(line) for line in (first / "grug_held_out.jsonl").open()]
-    for component in ("prose", "code"):
-        length = sum(len(row["text"]) for row in documents if row["component"] == component)
-        assert length == min(MAX_CHARACTERS, sum(map(len, prepared.corpus.texts(component, "validation"))))
 
 
 def test_averages_are_levanters():
