@@ -15,12 +15,13 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from train import lev
 from train.data import BATCH_AXES, DataConfig, PreparedData, build_validation_sets, check_batch_size
+from train.harness import HarnessConfig
 
 if TYPE_CHECKING:
     from jax import Array
@@ -43,6 +44,8 @@ class GrugEvalConfig:
     # The weights being trained (eval/*), and their moving average if the run keeps one (eval/ema/*).
     eval_current: bool = True
     eval_ema: bool = True
+    # lm-eval's tasks too, at steps of their own.
+    harness: HarnessConfig = field(default_factory=HarnessConfig)
 
     def __post_init__(self):
         if self.every < 1:

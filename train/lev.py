@@ -44,7 +44,12 @@ SOURCES = {
 }
 
 # Read by Levanter and its dependencies while they are imported: without git, without a network, without an account.
-_QUIET = {"GIT_PYTHON_REFRESH": "quiet", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+_QUIET = {
+    "GIT_PYTHON_REFRESH": "quiet",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -28,6 +28,7 @@ from train.data import (
     prepare,
 )
 from train.evaluate import GrugEvalConfig, build_tagged_evaluator
+from train.harness import Harness, build_harness
 from train.mesh import create_mesh
 from train.metrics import Meter, RunTracker, start_tracker
 from train.offload import check_offload, in_parts, placed, shapes_of, to_device
@@ -118,11 +119,16 @@ def per_token_losses(params: GrugModelParameters, batch: Any) -> tuple[Array, Ar
     return losses, batch.loss_weight, jnp.roll(batch.tokens, -1, axis=1)
 
 
-def evaluations(state: GrugTrainState, evaluate: Any, cfg: GrugEvalConfig) -> dict[str, float]:
-    """eval/* of the weights, eval/ema/* of their average, where there is one."""
-    metrics = evaluate(state.params, "eval") if cfg.eval_current or state.ema_params is None else {}
+def per_token_scores(params: GrugModelParameters, batch: Any) -> tuple[Array, Array]:
+    """For lm-eval: -log p of the next token of every position, and whether it is the most likely; [batch, seq_len]."""
+    return params.next_token_scores(batch.tokens, batch.loss_weight, mask_of(batch))
+
+
+def evaluations(state: GrugTrainState, evaluate: Any, cfg: GrugEvalConfig, prefix: str = "eval") -> dict[str, float]:
+    """<prefix>/* of the weights, <prefix>/ema/* of their average, where there is one."""
+    metrics = evaluate(state.params, prefix) if cfg.eval_current or state.ema_params is None else {}
     if cfg.eval_ema and state.ema_params is not None:
-        metrics |= evaluate(to_device(state.ema_params), "eval/ema")
+        metrics |= evaluate(to_device(state.ema_params), f"{prefix}/ema")
     return metrics
 
 
@@ -145,6 +151,7 @@ def run_grug(variant: str, config: "GrugBaseLaunchConfig") -> None:
     with phase("data") as detail:
         data = prepare(config.data, detail)
     check_vocab_size(config, data.vocab_size)
+    harness = build_harness(config.eval.harness, data, trainer.seq_len, trainer.batch_size, mesh, per_token_scores)
 
     with jax.set_mesh(mesh):
         key = jax.random.key(trainer.seed)
@@ -167,7 +174,7 @@ def run_grug(variant: str, config: "GrugBaseLaunchConfig") -> None:
             checkpoints = Checkpoints(
                 run.checkpoints, config.checkpoint, metadata=run.describe(config, data), resumed=resumed
             )
-            state = train(config, data, optimizer, mesh, state, tracker, checkpoints, profile)
+            state = train(config, data, optimizer, mesh, state, tracker, checkpoints, profile, harness)
             finish(run, started, lambda: sample(state.params, data.tokenizer))
 
 
@@ -180,6 +187,7 @@ def train(
     tracker: RunTracker,
     checkpoints: Checkpoints,
     profile: Profile,
+    harness: Harness | None,
 ) -> GrugTrainState:
     """Every step from `state` to the last one: load, step, log, sometimes save, sometimes evaluate."""
     trainer, batch_size, seq_len = config.trainer, config.trainer.batch_size, config.trainer.seq_len
@@ -209,6 +217,8 @@ def train(
         batches = chain([first], batches)
         if start and is_evaluated(start):  # perhaps not yet: the run may have been stopped between save and evaluation
             tracker.log(evaluations(state, evaluate, config.eval), step=start)
+        if start and config.eval.harness.is_due(start, trainer.steps):
+            tracker.log(evaluations(state, harness, config.eval, "lm_eval"), step=start)
         for step in profile.steps(range(start + 1, trainer.steps + 1), meter, bar.say):
             with meter.loading():
                 batch = next(batches)
@@ -224,6 +234,9 @@ def train(
                 if is_evaluated(step):
                     meter.flush()
                     tracker.log(evaluations(state, evaluate, config.eval), step=step)
+                if config.eval.harness.is_due(step, trainer.steps):
+                    meter.flush()
+                    tracker.log(evaluations(state, harness, config.eval, "lm_eval"), step=step)
     checkpoints.save(state, trainer.steps)
     checkpoints.wait()
     return state

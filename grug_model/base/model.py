@@ -13,7 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from grug_kernels.attention import AttentionMask, Intervals, attention
 from grug_kernels.cross_entropy import linear_cross_entropy, token_losses
@@ -305,6 +305,14 @@ class Transformer(eqx.Module):
         hidden, labels, _ = self._flat(tokens, loss_weight, mask)
         losses = token_losses(hidden, self.lm_head.astype(hidden.dtype), labels)[0]
         return losses.reshape(tokens.shape)
+
+    def next_token_scores(
+        self, tokens: Int[Array, "batch seq_len"], loss_weight: Float[Array, "batch seq_len"], mask: AttentionMask
+    ) -> tuple[Float[Array, "batch seq_len"], Bool[Array, "batch seq_len"]]:
+        """`next_token_losses`, and whether the next token is the most likely one."""
+        hidden, labels, _ = self._flat(tokens, loss_weight, mask)
+        losses, *_, argmax = token_losses(hidden, self.lm_head.astype(hidden.dtype), labels, return_argmax=True)
+        return losses.reshape(tokens.shape), (argmax == labels).reshape(tokens.shape)
 
     def _embed(self, tokens):
         # Whole rows on every device make the lookup local; the gradient is summed back onto the shards.
