@@ -228,7 +228,8 @@ def train(
                 checkpoints.on_step(state, step, before_save=meter.flush)
                 if is_evaluated(step):
                     meter.flush()
-                    tracker.log(evaluations(state, evaluate, config.eval), step=step)
+                    with checkpoints.interruptible(state, step):
+                        tracker.log(evaluations(state, evaluate, config.eval), step=step)
     checkpoints.save(state, trainer.steps)
     checkpoints.wait()
     return state
