@@ -5,11 +5,13 @@
     step-100/metadata.json          written last, by a rename: a directory without it is an unfinished save
 
 metadata.json has what the caller says of the run (run_id, config_hash, data_offset, ...), `step`, `timestamp`,
-`is_temporary`, `specs` and `checksums` of every array, and the versions of the packages. TensorStore loads a flipped
-bit or another shape without a word; with `specs` and `checksums`, `restore_latest_or_initialize` notices.
+`is_temporary`, `specs` and `checksums` of every array, the versions of the packages, and a `digest` of all that.
+TensorStore loads a flipped bit or another shape without a word; `restore_latest_or_initialize` notices, and so does
+`python -m train.checkpoint verify` (`train/checkpoint_commands.py`).
 Names and shapes are those of `train/checkpoint_layout.py`, for models that stack their blocks and models that do not.
 
-A root has one writer at a time: `Checkpoints` removes the unfinished saves it finds there when a run starts.
+A root has one writer at a time, which holds its lock (`train/checkpoint_lock.py`): `Checkpoints` removes the unfinished
+saves that it finds there when a run starts.
 """
 
 import logging
@@ -17,11 +19,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from train import checkpoint_files as files
-from train import lev
+from train import stopping
 from train.checkpoint_files import Metadata, Root
+from train.checkpoint_io import (
+    TensorStoreIO,
+    save_step_checkpoint,
+    save_temporary_checkpoint,
+    write_errors_named,
+)
+from train.checkpoint_lock import lock, unlock
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -38,121 +47,28 @@ _STEPS_BETWEEN_CLOCK_QUESTIONS = 10
 class CheckpointConfig:
     """When to save, and what to keep."""
 
-    # Steps between permanent checkpoints, which are never deleted.
+    # Steps between permanent checkpoints.
     every: int = 1000
     # Minutes between temporary checkpoints, which limit what a crash can cost; 0: none.
     temporary_minutes: float = 10.0
     # Temporary checkpoints that stay; older ones are deleted once a newer one is complete.
     keep_temporary: int = 2
+    # Permanent checkpoints that stay, likewise; 0: all of them.
+    keep_last: int = 0
     # Store a checksum of every array, so that a corrupt checkpoint is noticed.
     checksums: bool = True
 
     def __post_init__(self):
-        if self.every < 1 or self.temporary_minutes < 0 or self.keep_temporary < 1:
+        if self.every < 1 or self.temporary_minutes < 0 or self.keep_temporary < 1 or self.keep_last < 0:
             raise ValueError(
-                f"CheckpointConfig: every={self.every} and keep_temporary={self.keep_temporary} are at least 1, and"
-                f" temporary_minutes={self.temporary_minutes} is at least 0 (0: no temporary checkpoints)."
+                f"CheckpointConfig: every={self.every} and keep_temporary={self.keep_temporary} are at least 1,"
+                f" temporary_minutes={self.temporary_minutes} is at least 0 (0: no temporary checkpoints), and"
+                f" keep_last={self.keep_last} is at least 0 (0: all permanent checkpoints stay)."
             )
 
 
 class NoUsableCheckpointError(RuntimeError):
     """There are checkpoints, and none of them can be read."""
-
-
-class CheckpointWriteError(OSError):
-    """A checkpoint could not be written."""
-
-
-class CheckpointIO(Protocol):
-    """How a state gets to disk and back; `Checkpoints` decides when, and what stays."""
-
-    def save(self, path: str, state: PyTree, *, metadata: Metadata) -> None:
-        """Writes `state` to the new directory `path`. `metadata` has at least `step` and `is_temporary`."""
-        ...
-
-    def restore_latest(self, base_path: str, state_shape: PyTree) -> PyTree | None:
-        """The newest valid state under `base_path`, or None where there is no checkpoint."""
-        ...
-
-
-class TensorStoreIO:
-    """`CheckpointIO` through Levanter. `save` returns once the arrays are copied to the host; the rest is background.
-
-    So the caller may donate the state's buffers to the next step. What goes wrong in the background is raised by the
-    next `save`, `poll` or `wait`, as CheckpointWriteError.
-    """
-
-    def __init__(self, *, checksums: bool = True):
-        from jax.experimental.array_serialization.serialization import GlobalAsyncCheckpointManager
-
-        self._checksums = checksums
-        self._manager = GlobalAsyncCheckpointManager(timeout_secs=30 * 60)  # for the slowest host to finish its part
-        self._path: str | None = None
-        self._committed = False
-
-    def save(self, path: str, state: PyTree, *, metadata: Metadata) -> None:
-        from train import checkpoint_arrays as arrays
-        from train import checkpoint_layout as layout
-
-        self.wait()
-        self._path, self._committed = path, False
-        stored = layout.stored_arrays(state)
-        on_disk, sums = arrays.to_disk(stored, checksums=self._checksums)
-        described = {"layout": layout.LAYOUT, "specs": arrays.specs(stored), "versions": files.package_versions()}
-        if sums is not None:
-            described["checksums"] = sums
-        with self._errors_named():
-            lev.save_checkpoint(
-                on_disk,
-                step=metadata["step"],
-                checkpoint_path=path,
-                manager=self._manager,
-                commit_callback=self._on_commit,
-                is_temporary=metadata["is_temporary"],
-                metadata={k: v for k, v in metadata.items() if k not in ("step", "is_temporary")} | described,
-            )
-
-    def restore_latest(self, base_path: str, state_shape: PyTree) -> PyTree | None:
-        """As the protocol says; onto the mesh of `jax.set_mesh`."""
-        import jax
-
-        mesh = jax.sharding.get_mesh()
-        return restore_latest_or_initialize([base_path], state_shape, mesh=mesh, init=lambda: None)[0]
-
-    def poll(self) -> bool:
-        """Whether the last save is complete, without waiting. Process 0 knows; the others learn it from `wait`."""
-        with self._errors_named():
-            self._manager.check_for_errors()
-        return self._committed
-
-    def wait(self) -> None:
-        """Returns when the last save is complete."""
-        with self._errors_named():
-            self._manager.wait_until_finished()
-
-    def _on_commit(self) -> None:
-        self._committed = True
-
-    @contextmanager
-    def _errors_named(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            raise CheckpointWriteError(
-                f"checkpoint {self._path} could not be written: {files.first_line(error)}. The ones before it are"
-                " untouched. Check the free space and the permissions there, then run the same command again: it goes"
-                " on from the newest of them."
-            ) from error
-
-
-def save_step_checkpoint(io: CheckpointIO, root: Root, state: PyTree, step: int, *, metadata: Metadata) -> None:
-    """Writes `<root>/step-{step}`, to be kept for good."""
-    io.save(files.step_path(root, step), state, metadata={**metadata, "step": step, "is_temporary": False})
-
-
-def save_temporary_checkpoint(io: CheckpointIO, root: Root, state: PyTree, step: int, *, metadata: Metadata) -> None:
-    """Writes `<root>/step-{step}`, marked as one that later checkpoints replace."""
-    io.save(files.step_path(root, step), state, metadata={**metadata, "step": step, "is_temporary": True})
 
 
 class Checkpoints:
@@ -169,7 +85,7 @@ class Checkpoints:
         checkpoints.wait()
 
     Raises:
-      OSError: nothing can be written to `root`.
+      OSError: nothing can be written to `root`, or another process writes there.
     """
 
     def __init__(
@@ -186,13 +102,14 @@ class Checkpoints:
         self._first_process = jax.process_index() == 0
         if self._first_process:
             files.check_writable(root)
+            lock(root)
             files.remove_unfinished(root)
         self._io = TensorStoreIO(checksums=cfg.checksums)
         # Steps whose directory is known to hold this run's state: written by this process, or verified when read.
         self._good: set[int] = set()
         if resumed and files.same_place(resumed["path"], self._path(resumed["step"])):
             self._good.add(resumed["step"])
-        self._temporary = files.temporary_steps(root)
+        self._saved = files.saved_steps(root)
         self._writing: tuple[int, bool] | None = None  # step, temporary
         self._last_save = time.monotonic()
 
@@ -203,39 +120,90 @@ class Checkpoints:
 
         Raises:
           CheckpointWriteError: this save, or the one before it in the background, failed.
+          Stopped: a signal asked the run to end; this step is saved.
         """
+        stopping.defer(True)
         self._settle(wait=False)
+        stop = stopping.requested(step)
         permanent = step % self._cfg.every == 0
-        if permanent or self._temporary_is_due(step):
+        if permanent or stop or self._temporary_is_due(step):
             before_save()
             self._save(state, step, temporary=not permanent)
+        if stop:
+            self._leave(stop, step)
+
+    @contextmanager
+    def interruptible(self, state: PyTree, step: int) -> Iterator[None]:
+        """For what takes longer than a step, such as an evaluation: a signal ends it, and `state` is saved first.
+
+        Raises:
+          Stopped: a signal asked the run to end; `state` is saved.
+        """
+        try:
+            stopping.defer(False)
+            yield
+            stopping.defer(True)
+        except stopping.Stopped as stop:
+            stopping.defer(True)
+            self._save(state, step, temporary=True)
+            self._leave(stop.number, step)
 
     def save(self, state: PyTree, step: int) -> None:
         """Saves now, for good; a temporary checkpoint of this very step becomes a permanent one."""
         self._save(state, step, temporary=False)
 
     def wait(self) -> None:
-        """Returns when everything is on disk. To be called before the program ends."""
+        """Returns when everything is on disk. To be called before the program ends.
+
+        Raises:
+          CheckpointWriteError: the last save failed.
+          Stopped: a signal came meanwhile; everything is on disk.
+        """
+        self._finish()
+        stopping.defer(False)
+
+    def _leave(self, number: int, step: int) -> None:
+        self._finish()
+        raise stopping.Stopped(number, step=step, path=self._path(step))
+
+    def _finish(self) -> None:
         self._settle(wait=True)
+        if self._first_process:
+            unlock(self._root)
 
     def _save(self, state: PyTree, step: int, *, temporary: bool) -> None:
         from train import checkpoint_arrays as arrays
 
-        self._settle(wait=True)
+        self._wait_for_room(step)
         self._last_save = time.monotonic()
         if step in self._good:
             if not temporary:
                 self._keep(step)
             return
         if self._first_process:
-            files.make_room(self._path(step))
+            with write_errors_named(self._path(step)):
+                lock(self._root)
+                files.make_room(self._path(step))
         arrays.wait_for_every_process(f"room for checkpoint {step}")
         save = save_temporary_checkpoint if temporary else save_step_checkpoint
         save(self._io, self._root, state, step, metadata=self._metadata(step))
         self._writing = step, temporary
 
+    def _wait_for_room(self, step: int) -> None:
+        """One save is on its way at a time; aloud, where the disk is slower than the saves."""
+        self._settle(wait=False)
+        if self._writing and self._writing[0] != step and self._first_process:
+            log.warning(
+                "step %d is to be saved, and checkpoint %s is still being written: waiting. Where this comes again, the"
+                " disk takes longer than the time between two saves: raise --checkpoint.every and"
+                " --checkpoint.temporary-minutes.",
+                step,
+                self._path(self._writing[0]),
+            )
+        self._settle(wait=True)
+
     def _settle(self, *, wait: bool) -> None:
-        """Takes note of a save that is complete, and deletes the temporary checkpoints that it replaces."""
+        """Takes note of a save that is complete, and deletes the checkpoints that it replaces."""
         writing, self._writing = self._writing, None  # also where poll or wait raises: a failed save never counts
         if wait:
             self._io.wait()
@@ -246,18 +214,30 @@ class Checkpoints:
             return
         step, temporary = writing
         self._good.add(step)
-        self._temporary = sorted({*self._temporary, step} if temporary else {*self._temporary} - {step})
-        while len(self._temporary) > self._cfg.keep_temporary:
-            oldest = self._temporary.pop(0)
-            self._good.discard(oldest)
+        self._note(step, temporary=temporary)
+
+    def _note(self, step: int, *, temporary: bool) -> None:
+        """`step` is on disk. Deletes the older ones of its kind that it replaces.
+
+        Newer ones, which this run was not able to read or did not want, are not counted: were they, the checkpoint
+        that is known to be good would make room for them.
+        """
+        self._saved[not temporary].discard(step)
+        self._saved[temporary].add(step)
+        keep = self._cfg.keep_temporary if temporary else self._cfg.keep_last
+        older = sorted(other for other in self._saved[temporary] if other <= step)
+        for replaced in older[:-keep] if keep else []:
+            self._saved[temporary].discard(replaced)
+            self._good.discard(replaced)
             if self._first_process:
-                files.remove(self._path(oldest))
+                files.remove(self._path(replaced))
 
     def _keep(self, step: int) -> None:
-        if step in self._temporary:
-            self._temporary.remove(step)
+        if step in self._saved[True]:
             if self._first_process:
-                files.mark_permanent(self._path(step))
+                with write_errors_named(self._path(step)):
+                    files.mark_permanent(self._path(step))
+            self._note(step, temporary=False)
 
     def _temporary_is_due(self, step: int) -> bool:
         """Process 0 decides for all: their clocks differ, and half a checkpoint is none."""
@@ -305,7 +285,9 @@ def restore_latest_or_initialize(
             metadata = files.read_metadata(path)
             arrays.check_layout(path, metadata.get("layout", 1))
             arrays.check_specs(path, metadata["specs"], arrays.specs(wanted))
-            loaded = arrays.load(path, arrays.described(wanted, mesh), mesh, metadata.get("checksums"))
+            files.check_manifest(path, metadata["specs"])
+            with stopping.deferred():  # a read that is broken off may hang: see arrays.load
+                loaded = arrays.load(path, arrays.described(wanted, mesh), mesh, metadata.get("checksums"))
         except arrays.CheckpointMismatchError:
             raise
         except Exception as error:  # whatever TensorStore meets in broken files: ValueError, FileNotFoundError, ...
@@ -331,3 +313,9 @@ def restore_latest_or_initialize(
         )
     log.info("no checkpoint under %s: training starts from scratch", places)
     return init(), None
+
+
+if __name__ == "__main__":
+    from train.checkpoint_commands import main
+
+    main()

@@ -4,18 +4,23 @@
 Roots are local paths, or URLs of object stores (`gs://...`); only local ones are tested.
 """
 
+import errno
+import hashlib
 import importlib.metadata
 import json
 import logging
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from train import lev
 
 log = logging.getLogger(__name__)
+
+# The disk's own: full, over a quota, a file too large, read-only, broken.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 Metadata = dict[str, Any]
 Root = str | os.PathLike[str]
@@ -85,20 +90,25 @@ def make_room(path: str) -> None:
         remove(path)
 
 
-def temporary_steps(root: Root) -> list[int]:
-    """Steps of the temporary checkpoints that earlier runs left in `root`, oldest first."""
-    steps = []
+def saved_steps(root: Root) -> dict[bool, set[int]]:
+    """Steps of the checkpoints in `root`: {True: of the temporary ones, False: of the permanent ones}."""
+    steps: dict[bool, set[int]] = {True: set(), False: set()}
     for step, path, _ in _step_directories(root):
         try:
-            if read_metadata(path)["is_temporary"]:
-                steps.append(step)
+            steps[bool(read_metadata(path)["is_temporary"])].add(step)
         except (OSError, ValueError) as error:
             log.warning("leaving %s alone: %s", path, first_line(error))
-    return sorted(steps)
+    return steps
+
+
+def digest(metadata: Metadata) -> str:
+    """Of everything in metadata.json but itself and the time, which is added when it is written."""
+    kept = {key: value for key, value in metadata.items() if key not in ("digest", "timestamp")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_metadata(path: str) -> Metadata:
-    """Raises ValueError where metadata.json is not one that `TensorStoreIO.save` wrote."""
+    """Raises ValueError where metadata.json is not, to the letter, one that `TensorStoreIO.save` wrote."""
     fs, plain = _filesystem(path)
     try:
         metadata = json.loads(fs.cat_file(f"{plain}/metadata.json"))
@@ -108,12 +118,30 @@ def read_metadata(path: str) -> Metadata:
     missing = [key for key in needed if not isinstance(metadata, dict) or key not in metadata]
     if missing:
         raise ValueError(f"metadata.json has no {', '.join(missing)}")
+    if metadata.get("digest", digest(metadata)) != digest(metadata):
+        raise ValueError("metadata.json is not what was saved (digest)")
     return metadata
+
+
+def check_manifest(path: str, names: Iterable[str]) -> None:
+    """Raises ValueError where manifest.json is damaged. It may be missing: then the arrays are listed when read."""
+    try:
+        manifest = lev.read_manifest(path)
+    except Exception as error:  # pydantic's, UnicodeDecodeError, ...
+        raise ValueError(f"manifest.json is not what was saved: {first_line(error)}") from error
+    if manifest is None:
+        return
+    drivers = manifest.array_driver, manifest.kvstore_driver
+    missing = sorted({name.replace(".", "/") for name in names} - manifest.array_paths)
+    if missing or drivers != ("zarr3", "ocdbt"):
+        wrong = f"it has no {missing[0]}" if missing else f"it names the drivers {' and '.join(drivers)}"
+        raise ValueError(f"manifest.json is not what was saved: {wrong}")
 
 
 def mark_permanent(path: str) -> None:
     fs, plain = _filesystem(path)
     metadata = {**read_metadata(path), "is_temporary": False}
+    metadata["digest"] = digest(metadata)
     fs.pipe_file(f"{plain}/metadata.json.new", json.dumps(metadata).encode())
     fs.mv(f"{plain}/metadata.json.new", f"{plain}/metadata.json")
 
@@ -128,8 +156,8 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:800]}"
 
 
-def _step_directories(root: Root) -> list[tuple[int, str, bool]]:
-    """(step, path, complete) of the directories `step-<int>` in `root`, and of `root` itself where it is one."""
+def folders(root: Root) -> list[str]:
+    """Paths of the directories in `root`; none where there is no `root`."""
     fs, plain = _filesystem(root)
     fs.invalidate_cache()
     try:
@@ -137,10 +165,25 @@ def _step_directories(root: Root) -> list[tuple[int, str, bool]]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     base = str(root).rstrip("/")
-    names = [os.path.basename(entry["name"].rstrip("/")) for entry in entries if entry["type"] == "directory"]
-    paths = [base, *(f"{base}/{name}" for name in names)]
+    return [f"{base}/{os.path.basename(e['name'].rstrip('/'))}" for e in entries if e["type"] == "directory"]
+
+
+def size(path: str) -> int:
+    """Bytes of all files below `path`."""
+    fs, plain = _filesystem(path)
+    return fs.du(plain)
+
+
+def is_complete(path: str) -> bool:
+    fs, plain = _filesystem(path)
+    return fs.exists(f"{plain}/metadata.json")
+
+
+def _step_directories(root: Root) -> list[tuple[int, str, bool]]:
+    """(step, path, complete) of the directories `step-<int>` in `root`, and of `root` itself where it is one."""
+    paths = [str(root).rstrip("/"), *folders(root)]
     matches = [(_STEP_DIRECTORY.fullmatch(os.path.basename(path)), path) for path in paths]
-    return [(int(match[1]), path, fs.exists(f"{path}/metadata.json")) for match, path in matches if match]
+    return [(int(match[1]), path, is_complete(path)) for match, path in matches if match]
 
 
 def _filesystem(path: Root) -> tuple[Any, str]:

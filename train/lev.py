@@ -34,6 +34,7 @@ SOURCES = {
     "CheckpointInterval": "levanter.checkpoint",
     "save_checkpoint": "levanter.checkpoint",
     "load_checkpoint": "levanter.checkpoint",
+    "read_manifest": "levanter.checkpoint_manifest",
     "url_to_fs": "fsspec.core",
     "discover_checkpoint_candidates": "levanter.checkpoint",
     # tracking

@@ -6,20 +6,21 @@ from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
-from train.checkpoint import CheckpointWriteError
-from train.checkpoint_files import find_complete
+from train.checkpoint_files import DISK_ERRORS, find_complete
+from train.checkpoint_io import CheckpointWriteError
 from train.metrics import NonFiniteLossError
 from train.progress import phase
 from train.report import write_report
 from train.rundir import RunDir, say
+from train.stopping import Stopped
 from train.summary import BYTE_UNIGRAM, SUMMARY_FILE, TOKEN_UNIGRAM, Ending, summarise
 
 
 @contextmanager
 def advice_on_failure(run: RunDir) -> Iterator[None]:
-    """Inside, a loss that is not finite, a checkpoint that cannot be written, or Ctrl-C ends the program with advice.
+    """Inside, a loss that is not finite, a disk that cannot be written, or a signal ends the program with advice.
 
-    The exit codes are 3, 4 and 130.
+    The exit codes are 3, 4, and 143 for SIGTERM or 130 for Ctrl-C.
     """
     try:
         yield
@@ -28,11 +29,16 @@ def advice_on_failure(run: RunDir) -> Iterator[None]:
         say(f"last good checkpoint: {newest_checkpoint(run)}")
         write_report(run.path)
         raise SystemExit(3) from error
-    except CheckpointWriteError as error:
+    except OSError as error:
+        if not isinstance(error, CheckpointWriteError) and error.errno not in DISK_ERRORS:
+            raise
         say(f"error: {error}")
+        say(f"newest checkpoint: {newest_checkpoint(run)}")
+        say(f"go on with: {run.resume_command}")
         raise SystemExit(4) from error
-    except KeyboardInterrupt:
-        say(f"\nstopped. Newest checkpoint: {newest_checkpoint(run)}")
+    except KeyboardInterrupt as stop:
+        saved = isinstance(stop, Stopped) and stop.path
+        say(f"\n{stop}" if saved else f"\nstopped. Newest checkpoint: {newest_checkpoint(run)}")
         say(f"go on with: {run.resume_command}")
         raise
 

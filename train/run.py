@@ -5,6 +5,7 @@ python -m train.run --stacked                         the laptop preset of grug_
 python -m train.run --variant mine --preset 130m      another variant, another preset
 python -m train.run --config run.yaml --steps 500     fields from a file; flags win over it
 python -m train.run --resume runs/NAME                go on with a run that was stopped
+python -m train.run --prove-resume --steps 40         train twice, once killed again and again: are both equal?
 """
 
 import argparse
@@ -21,8 +22,10 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
+from train.checkpoint_files import DISK_ERRORS
 from train.knobs import only_the_knobs
 from train.rundir import from_dict, read_config, say
+from train.stopping import catch_signals
 
 VARIANTS = Path(__file__).parent.parent / "grug_model"
 
@@ -43,6 +46,16 @@ class Choose:
     resume: Path | None = None
 
 
+@dataclass(frozen=True)
+class Options(Choose):
+    """What to train, and how. Everything below is a field of the variant's own launch configuration."""
+
+    # Train twice, undisturbed and with SIGKILL after SIGKILL, and compare the two: exit code 0 where they are equal.
+    prove_resume: bool = False
+    # SIGKILLs of --prove-resume.
+    kills: int = 3
+
+
 def main(argv: list[str] | None = None, *, variant: str | None = None) -> None:
     """Parses the command line, then trains. `variant` is the one a variant's own launch.py names."""
     argv = sys.argv[1:] if argv is None else argv
@@ -50,18 +63,24 @@ def main(argv: list[str] | None = None, *, variant: str | None = None) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("train").setLevel(logging.INFO)
     try:
-        chosen, start = choose(argv, Choose(variant=variant or "base"))
-        _, launch = parse(
+        chosen, start = choose(argv, Options(variant=variant or "base"))
+        options, launch = parse(
             argv, chosen, start, prog="python -m train.run", description="Trains a variant of grug_model/."
         )
-        importlib.import_module(f"grug_model.{chosen.variant}.launch").run(launch)
+        with catch_signals():
+            if options.prove_resume:
+                from train.prove_resume import prove
+
+                raise SystemExit(0 if prove(chosen.variant, launch, options.kills) else 1)
+            importlib.import_module(f"grug_model.{chosen.variant}.launch").run(launch)
     except Exception as error:
-        if not explains_itself(error):
+        of_the_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
+        if not of_the_disk and not explains_itself(error):
             raise
         say(f"error: {error}")
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        raise SystemExit(4 if of_the_disk else 2) from None
+    except KeyboardInterrupt as stop:
+        raise SystemExit(getattr(stop, "exit_code", 130)) from None
 
 
 def explains_itself(error: Exception) -> bool:

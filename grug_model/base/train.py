@@ -124,11 +124,14 @@ def per_token_scores(params: GrugModelParameters, batch: Any) -> tuple[Array, Ar
     return params.next_token_scores(batch.tokens, batch.loss_weight, mask_of(batch))
 
 
-def evaluations(state: GrugTrainState, evaluate: Any, cfg: GrugEvalConfig, prefix: str = "eval") -> dict[str, float]:
-    """<prefix>/* of the weights, <prefix>/ema/* of their average, where there is one."""
-    metrics = evaluate(state.params, prefix) if cfg.eval_current or state.ema_params is None else {}
-    if cfg.eval_ema and state.ema_params is not None:
-        metrics |= evaluate(to_device(state.ema_params), f"{prefix}/ema")
+def evaluations(state: GrugTrainState, evaluators: dict[str, Any], cfg: GrugEvalConfig) -> dict[str, float]:
+    """By each evaluator <prefix>/* of the weights, and <prefix>/ema/* of their average, where there is one."""
+    metrics = {}
+    for prefix, evaluate in evaluators.items():
+        if cfg.eval_current or state.ema_params is None:
+            metrics |= evaluate(state.params, prefix)
+        if cfg.eval_ema and state.ema_params is not None:
+            metrics |= evaluate(to_device(state.ema_params), f"{prefix}/ema")
     return metrics
 
 
@@ -207,18 +210,19 @@ def train(
         start_step=start,
     )
 
-    def is_evaluated(step: int) -> bool:
-        return step % config.eval.every == 0 or step == trainer.steps
+    def evaluators(step: int) -> dict[str, Any]:
+        """Those that are due after `step`, by the prefix of their metrics."""
+        on_text = step % config.eval.every == 0 or step == trainer.steps
+        on_tasks = config.eval.harness.is_due(step, trainer.steps)
+        return {**({"eval": evaluate} if on_text else {}), **({"lm_eval": harness} if on_tasks else {})}
 
     with iter_from_step(loader, start) as batches, Progress(trainer.steps, start) as bar:
         first = next(batches)
         train_step = make_train_step(optimizer, trainer)
         train_step = compile_step(train_step, state, first, tracker, require_kernels=trainer.require_kernels)
         batches = chain([first], batches)
-        if start and is_evaluated(start):  # perhaps not yet: the run may have been stopped between save and evaluation
-            tracker.log(evaluations(state, evaluate, config.eval), step=start)
-        if start and config.eval.harness.is_due(start, trainer.steps):
-            tracker.log(evaluations(state, harness, config.eval, "lm_eval"), step=start)
+        if start and (due := evaluators(start)):  # perhaps not yet: it may have been stopped between save and evaluation
+            tracker.log(evaluations(state, due, config.eval), step=start)
         for step in profile.steps(range(start + 1, trainer.steps + 1), meter, bar.say):
             with meter.loading():
                 batch = next(batches)
@@ -231,12 +235,10 @@ def train(
                 # Saved before it is evaluated, or a failing evaluation would cost the steps since the last checkpoint.
                 # And looked at before it is saved: meter.flush raises where a loss, gradient or update is not finite.
                 checkpoints.on_step(state, step, before_save=meter.flush)
-                if is_evaluated(step):
+                if due := evaluators(step):
                     meter.flush()
-                    tracker.log(evaluations(state, evaluate, config.eval), step=step)
-                if config.eval.harness.is_due(step, trainer.steps):
-                    meter.flush()
-                    tracker.log(evaluations(state, harness, config.eval, "lm_eval"), step=step)
+                    with checkpoints.interruptible(state, step):
+                        tracker.log(evaluations(state, due, config.eval), step=step)
     checkpoints.save(state, trainer.steps)
     checkpoints.wait()
     return state

@@ -103,4 +103,4 @@ def restore(root: Path, mesh: Mesh | None = None, **options):
 
 
 def names(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir())
+    return sorted(path.name for path in root.iterdir() if path.name != ".writer")  # who writes there: no checkpoint

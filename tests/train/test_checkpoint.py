@@ -25,6 +25,7 @@ from tests.train.checkpointed import (
     shape_of,
     write,
 )
+from tests.train.tiny import spoil
 from train.checkpoint import (
     CheckpointConfig,
     Checkpoints,
@@ -162,6 +163,42 @@ def test_permanent_ones_stay_and_the_newest_temporary_ones(tmp_path):
     assert names(tmp_path) == ["step-10", "step-4", "step-7", "step-9"]
 
 
+def test_of_the_permanent_ones_as_many_stay_as_were_asked_for(tmp_path):
+    cfg = CheckpointConfig(every=2, temporary_minutes=ALWAYS, keep_temporary=1, keep_last=2)
+    checkpoints = Checkpoints(tmp_path, cfg, metadata=describe)
+    for step in range(1, 8):
+        checkpoints.on_step(make_state(ONE(), step), step)
+    checkpoints.save(make_state(ONE(), 7), 7)  # temporary until now
+    checkpoints.wait()
+    assert names(tmp_path) == ["step-6", "step-7"]
+    # The next run counts what it finds.
+    checkpoints = Checkpoints(tmp_path, cfg, metadata=describe, resumed=restore(tmp_path)[1])
+    checkpoints.save(make_state(ONE(), 8), 8)
+    checkpoints.wait()
+    assert names(tmp_path) == ["step-7", "step-8"]
+
+
+@pytest.mark.parametrize("knobs", [{"keep_temporary": 1}, {"keep_last": 1}])
+def test_a_checkpoint_that_is_known_to_be_good_makes_no_room_for_a_newer_one_that_is_not(tmp_path, knobs):
+    """Counted among those that stay, the damaged step 6 cost the run its only good checkpoint, the one just saved."""
+    temporary = "keep_temporary" in knobs
+    cfg = CheckpointConfig(every=100 if temporary else 1, temporary_minutes=ALWAYS, **knobs)
+    for step in (3, 6):
+        checkpoints = Checkpoints(tmp_path / str(step), cfg, metadata=describe)
+        checkpoints.on_step(make_state(ONE(), step), step)
+        checkpoints.wait()
+        (tmp_path / str(step) / f"step-{step}").rename(tmp_path / f"step-{step}")
+    spoil(tmp_path / "step-6", "flipped")
+    resumed = restore(tmp_path)[1]
+    assert resumed["step"] == 3
+    checkpoints = Checkpoints(tmp_path, cfg, metadata=describe, resumed=resumed)
+    for step in (4, 5):
+        checkpoints.on_step(make_state(ONE(), step), step)
+    checkpoints.wait()
+    assert [name for name in names(tmp_path) if name.startswith("step")] == ["step-5", "step-6"]
+    assert restore(tmp_path)[1]["step"] == 5
+
+
 def test_nothing_is_saved_before_its_time(tmp_path):
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(every=100, temporary_minutes=60), metadata=describe)
     checkpoints.on_step(make_state(ONE(), 1), 1)
@@ -183,7 +220,7 @@ def test_unfinished_saves_are_removed_and_nothing_else(tmp_path, caplog):
     assert names(tmp_path) == ["notes", "step-2", "step-4-old", "step-5", "step-x"]
 
 
-@pytest.mark.parametrize("knobs", [{"every": 0}, {"temporary_minutes": -1}, {"keep_temporary": 0}])
+@pytest.mark.parametrize("knobs", [{"every": 0}, {"temporary_minutes": -1}, {"keep_temporary": 0}, {"keep_last": -1}])
 def test_config_says_what_it_wants(knobs):
     name, value = next(iter(knobs.items()))
     with pytest.raises(ValueError, match=rf"CheckpointConfig: .*{name}={value}.* at least"):

@@ -34,11 +34,12 @@ from tests.train.checkpointed import (
 from train.checkpoint import (
     CheckpointConfig,
     Checkpoints,
-    CheckpointWriteError,
     NoUsableCheckpointError,
+    TensorStoreIO,
     restore_latest_or_initialize,
 )
 from train.checkpoint_arrays import checksums
+from train.checkpoint_io import CheckpointWriteError
 
 LIVES = 4
 
@@ -192,6 +193,25 @@ def test_disk_errors_in_the_background_are_raised_once(tmp_path, notice):
     checkpoints.save(make_state(ONE(), 4), 4)  # whoever goes on may save the step again
     checkpoints.wait()
     assert_bitwise_equal(restore(tmp_path)[0], make_state(ONE(), 4))
+
+
+def test_a_disk_slower_than_the_saves_is_waited_for_aloud_and_nothing_is_skipped(tmp_path, caplog, monkeypatch):
+    """The write of step 1 does not end before step 2 has said that it waits."""
+
+    def commit(self):
+        while "step 2 is to be saved" not in caplog.text:
+            time.sleep(0.001)
+        self._committed = True
+
+    monkeypatch.setattr(TensorStoreIO, "_on_commit", commit)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(every=1), metadata=describe)
+    for step in (1, 2):
+        checkpoints.on_step(make_state(ONE(), step), step)
+    checkpoints.save(make_state(ONE(), 2), 2)  # of the same step: no other to wait for
+    checkpoints.wait()
+    assert f"step 2 is to be saved, and checkpoint {tmp_path}/step-1 is still being written: waiting." in caplog.text
+    assert caplog.text.count("is to be saved") == 1
+    assert names(tmp_path) == ["step-1", "step-2"]
 
 
 def test_unwritable_root_is_an_error_before_training(tmp_path):

@@ -236,7 +236,7 @@ def test_an_average_is_evaluated_on_the_device(variant):
         state = code.GrugTrainState(jnp.zeros((), jnp.int32), params, {}, params, jax.random.key(0))
         state = placed(state, "optimizer_and_ema")
         assert memories(state.ema_params) == {"pinned_host"}
-        code.evaluations(state, evaluate, GrugEvalConfig())
+        code.evaluations(state, {"eval": evaluate}, GrugEvalConfig())
     assert seen == {"eval": {"device"}, "eval/ema": {"device"}}
 
 

@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run that was stopped, killed or damaged goes on as if nothing had happened, or says why it does not."""
 
+import importlib
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from bench.faults.disk import disk, fill
 from tests.train.tiny import STEPS, arrays_of, flags, run, saved_steps, spoil
+from train.checkpoint_read import verify
 from train.evaluate import Evaluator
 from train.metrics import Meter
 from train.summary import read_history
@@ -151,11 +157,92 @@ def test_a_run_stopped_in_its_last_evaluation_does_not_lose_it(straight, monkeyp
     assert_same_end(straight, straight.with_name("unevaluated"))
 
 
-def test_a_run_killed_at_any_moment_ends_as_the_one_that_was_not(folder, grug_cache, compiled_programs):
-    """On one device, in processes of their own; `python -m tests.train.kill_and_resume` does it at length."""
-    often = {"--steps": 24, "--checkpoint.every": 7, "--checkpoint.temporary-minutes": 1e-9, "--eval.every": 12}
-    proof = [sys.executable, "-m", "tests.train.kill_and_resume", "--kills", str(KILLS), "--folder", "proof", "--"]
-    environment = os.environ | {
+def calling_at(at_call: int, other, function):
+    """`function`, but before its call number `at_call` the `other` is called."""
+    calls = iter(range(1, at_call + 1))
+
+    def called(*args, **kwargs):
+        if next(calls, None) == at_call:
+            other()
+        return function(*args, **kwargs)
+
+    return called
+
+
+def signal_at(at_call: int, number: int, function):
+    """`function`, but in its call number `at_call` this process gets the signal `number`."""
+    return calling_at(at_call, lambda: os.kill(os.getpid(), number), function)
+
+
+def test_a_signal_saves_the_step_and_the_run_goes_on_from_it(straight, monkeypatch):
+    monkeypatch.setattr(Meter, "step", signal_at(5, signal.SIGTERM, Meter.step))
+    code, text = run_base("stopped")
+    assert code == 143, text
+    assert "SIGTERM: stopping after this step, which is saved first. Once more ends it at once." in text
+    assert "stopped by SIGTERM after step 5, which is saved: runs/stopped/checkpoints/step-5" in text
+    assert "go on with: uv run python -m train.run --resume runs/stopped" in text
+    monkeypatch.undo()
+    code, text = run("--resume", "runs/stopped")
+    assert code == 0, text
+    assert "resuming from step 5" in text
+    assert_same_end(straight, straight.with_name("stopped"))
+
+
+def test_a_signal_ends_an_evaluation_and_saves_its_step(straight, monkeypatch):
+    def endless(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("still evaluating")
+
+    monkeypatch.setattr(Evaluator, "__call__", endless)
+    code, text = run_base("evaluating", "--checkpoint.every", "100")
+    assert code == 143, text
+    assert "stopped by SIGTERM after step 3, which is saved: runs/evaluating/checkpoints/step-3" in text
+    monkeypatch.undo()
+    code, text = run("--resume", "runs/evaluating")
+    assert code == 0, text
+    assert_same_end(straight, straight.with_name("evaluating"))
+
+
+@pytest.mark.parametrize("where", ["prepare", "compile_step"])
+def test_a_signal_before_the_first_step_ends_the_run_with_nothing_to_save(straight, monkeypatch, where):
+    module = importlib.import_module("grug_model.base.train")
+    monkeypatch.setattr(module, where, signal_at(1, signal.SIGTERM, getattr(module, where)))
+    code, text = run_base(where)
+    assert code == 143, text
+    assert "SIGTERM: stopping. Once more ends it at once." in text
+    assert ("Newest checkpoint: none was saved yet" in text) == (where == "compile_step")
+    assert saved_steps(straight.with_name(where)) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="only root may mount a disk to fill")
+def test_a_full_disk_ends_a_run_which_then_goes_on(straight, tmp_path, monkeypatch):
+    """Not a byte is left: the next checkpoint cannot be written, and metrics.jsonl not be closed."""
+    with disk(tmp_path) as place:
+        checkpoint = place / "run" / "checkpoints" / "step-3"
+
+        def fill_the_disk():
+            while not (checkpoint / "metadata.json").exists():
+                time.sleep(0.01)
+            fill(place, 0)
+
+        monkeypatch.setattr(Meter, "flush", calling_at(4, fill_the_disk, Meter.flush))
+        code, text = run_base("full", "--output-path", str(place / "run"))
+        monkeypatch.undo()
+        assert code == 4, text
+        assert "checkpoints/step-6 could not be written: OSError: [Errno 28] No space left on device" in text
+        assert f"newest checkpoint: {checkpoint}" in text
+        assert f"go on with: uv run python -m train.run --resume {os.path.relpath(place / 'run')}" in text
+        assert verify(str(checkpoint)) == []
+        (place / "filler").unlink()
+        code, text = run("--resume", str(place / "run"))
+        assert code == 0, text
+        assert "resuming from step 3" in text
+        assert_same_end(straight, place / "run")
+
+
+def on_one_device(grug_cache, compiled_programs) -> dict[str, str]:
+    """The environment of a process of its own."""
+    return os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",  # as the other tests, on one device
@@ -163,10 +250,38 @@ def test_a_run_killed_at_any_moment_ends_as_the_one_that_was_not(folder, grug_ca
         "JAX_COMPILATION_CACHE_DIR": str(compiled_programs),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+
+
+def test_a_run_moves_to_one_device_and_the_other_variant_and_back(straight, grug_cache, compiled_programs):
+    """Eight devices and `base`, one and `array_stacked`, eight and `base`: the losses are those of one run."""
+    path = copied(straight, "moved", without=(6,))
+    command = [sys.executable, "-m", "train.run", "--resume", "runs/moved", "--stacked", "--checkpoint.every", "1"]
+    environment = on_one_device(grug_cache, compiled_programs)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "resuming from step 3: runs/moved/checkpoints/step-3" in ended.stderr
+    assert saved_steps(path) == [3, 4, 5, 6]
+    shutil.rmtree(path / "checkpoints" / "step-6")
+    code, text = run("--resume", "runs/moved", "--variant", "base")
+    assert code == 0, text
+    assert "resuming from step 5" in text
+    losses = [dict(read_history(run_dir).series("train/loss")) for run_dir in (path, straight)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    a, b = (read_history(run_dir).series("mixture/weight/code") for run_dir in (path, straight))
+    assert a == b
+
+
+def test_a_run_killed_at_any_moment_ends_as_the_one_that_was_not(folder, grug_cache, compiled_programs):
+    """On one device, in processes of their own."""
+    often = {"--steps": 24, "--checkpoint.every": 7, "--checkpoint.temporary-minutes": 1e-9, "--eval.every": 12}
+    proof = [sys.executable, "-m", "train.run", "--prove-resume", "--kills", str(KILLS), "--output-path", "proof"]
+    environment = on_one_device(grug_cache, compiled_programs)
     command = [*proof, *flags(often | {"--trainer.log-every": 1, "--trainer.ema-beta": 0.9})]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert [f"life {number}:" in ended.stdout for number in range(1, KILLS + 1)] == [True] * KILLS
     assert "killed in a save" in ended.stdout
     assert "half written" in ended.stdout
-    assert ended.stdout.endswith("equal\n")
+    assert [line.split()[-1] for line in ended.stdout.splitlines()[-8:]] == ["equal"] * 8, ended.stdout
+    for row in ("weights", "optimizer", "averages", "random key", "step", "losses", "next batches"):
+        assert re.search(rf"^  {row} +(\d+) of \1 +equal$", ended.stdout, re.MULTILINE), ended.stdout
