@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.batches import data_offset, skipped_ranges
+
 # What may differ between two starts of the same run: where things are kept, and how often they are looked at.
 UNVERSIONED = (
     "run_id",
@@ -49,13 +51,14 @@ class RunDir:
     def profiler(self) -> Path:
         return self.path / "profiler"
 
-    def describe(self, batch_size: int) -> Callable[[int], dict[str, Any]]:
+    def describe(self, config: Any) -> Callable[[int], dict[str, Any]]:
         """What a checkpoint after `step` steps says of its run."""
+        batch_size, skipped = config.trainer.batch_size, skipped_ranges(config.data.skip_batches)
         return lambda step: {
             "run_id": self.run_id,
             "variant": self.variant,
             "config_hash": self.config_hash,
-            "data_offset": step * batch_size,
+            "data_offset": data_offset(step, batch_size, skipped),
         }
 
     @property
