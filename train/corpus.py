@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from train.sources import Record
+
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation")
@@ -83,6 +85,24 @@ class Corpus:
             return [json.loads(line)["text"] for line in lines]
 
 
+@dataclass(frozen=True)
+class CorpusComponent:
+    """One component of a corpus, to be tokenized."""
+
+    corpus: Corpus
+    name: str
+
+    @property
+    def digest(self) -> str:
+        return f"{self.corpus.digest} {self.name}"
+
+    def documents(self) -> Iterator[tuple[str, Record]]:
+        """(split, document), in corpus order."""
+        for split in SPLITS:
+            for index, text in enumerate(self.corpus.texts(self.name, split)):
+                yield split, Record(f"{self.name}/{split}.jsonl:{index + 1}", text)
+
+
 def python_documents() -> list[Document]:
     """Reads the running Python's own texts; 30 ms once they are in the page cache.
 
@@ -122,8 +142,9 @@ def build_corpus(cache_dir: Path, documents: list[Document], progress: Callable[
 def build_once(directory: Path, build: Callable[[Path], None], progress: Callable[[str], None] = print) -> Path:
     """Returns `directory`, after letting `build` fill it if it is not there: it appears whole or not at all.
 
-    `build` writes into `<directory>.tmp`, which is then renamed. A lock keeps a second process waiting meanwhile; the
-    kernel drops it however its holder ends, kill -9 included, and the next holder clears away what was half done.
+    `build` writes into `<directory>.tmp`, which is then renamed, and removed where it raises. A lock keeps a second
+    process waiting meanwhile; the kernel drops it however its holder ends, kill -9 included, and the next holder clears
+    away what was half done.
     """
     if directory.exists():
         return directory
@@ -135,7 +156,11 @@ def build_once(directory: Path, build: Callable[[Path], None], progress: Callabl
                 logger.warning("%s: clearing away what a stopped process had begun", unfinished)
                 shutil.rmtree(unfinished)
             unfinished.mkdir()
-            build(unfinished)
+            try:
+                build(unfinished)
+            except Exception:
+                shutil.rmtree(unfinished)
+                raise
             os.rename(unfinished, directory)
     return directory
 

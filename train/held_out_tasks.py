@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from train.corpus import build_once
-from train.data import PreparedData
+from train.data import PreparedData, held_out_texts
 
 CONTINUATION, HELD_OUT = "grug_continuation", "grug_held_out"
 
@@ -42,20 +42,22 @@ class Passage(NamedTuple):
 def held_out_tasks(prepared: PreparedData, progress: Callable[[str], None] = print) -> Path:
     """The folder of both tasks, as lm-eval reads them (`--include`); written if it is not there."""
     # Absolute, since a task names its data by path: a folder that was moved is another one.
-    root = prepared.token_cache.parent.resolve()
-    key = hashlib.sha256(f"{_FORMAT} {prepared.corpus.digest} {root}".encode()).hexdigest()[:16]
+    root = prepared.cache_dir.resolve()
+    texts_of = [[name, str(cache.splits["validation"]), cache.manifest] for name, cache in prepared.caches.items()]
+    key = hashlib.sha256(json.dumps([_FORMAT, str(root), texts_of]).encode()).hexdigest()[:16]
     folder = root / f"lm-eval-{key}"
 
     def write(unfinished: Path) -> None:
         questions, documents = [], []
-        for component in prepared.components:
-            texts = prepared.corpus.texts(component, "validation")
+        for component, cache in prepared.caches.items():
+            texts = held_out_texts(prepared, component, MAX_DOCUMENTS)
             questions += [question | {"component": component} for question in questions_of(texts)]
             sample = sample_of(texts)
             documents += [{"text": text, "component": component} for text in sample]
             progress(
-                f"lm_eval: {HELD_OUT} has {len(sample)} of {len(texts)} held-out documents of {component},"
-                f" {sum(map(len, sample))} of {sum(map(len, texts))} characters"
+                f"lm_eval: {HELD_OUT} has {len(sample)} of"
+                f" {cache.manifest['splits']['validation']['documents']} held-out documents of {component},"
+                f" {sum(map(len, sample))} characters"
             )
         for task, rows in ((CONTINUATION, questions), (HELD_OUT, documents)):
             random.Random(0).shuffle(rows)  # so that the first few (`limit`) are of every component
@@ -86,9 +88,7 @@ def passages_of(text: str, document: int) -> Iterator[Passage]:
 def questions_of(texts: Sequence[str]) -> list[dict[str, Any]]:
     """context, choices, label: at most MAX_QUESTIONS of them; none where too few documents are long enough."""
     draw = random.Random(0)
-    passages = [
-        passage for document, text in enumerate(texts[:MAX_DOCUMENTS]) for passage in passages_of(text, document)
-    ]
+    passages = [passage for document, text in enumerate(texts) for passage in passages_of(text, document)]
     draw.shuffle(passages)
     passages, questions = passages[:MAX_PASSAGES], []
     for right in passages:

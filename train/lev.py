@@ -26,6 +26,22 @@ SOURCES = {
     "SerialCacheWriter": "levanter.store.cache",
     "CacheLedger": "levanter.store.cache",
     "CacheMetadata": "levanter.store.cache",
+    "load_lm_dataset_cache": "levanter.data.text.cache",
+    # files of texts
+    "url_to_fs": "fsspec.core",
+    "ParquetFile": "pyarrow.parquet",
+    "ArrowInvalid": "pyarrow",
+    "ZstdDecompressor": "zstandard",
+    "ZstdError": "zstandard",
+    "load_dataset": "datasets",
+    # examples with named axes, for what else of Levanter's one may want to call
+    "LmExample": "levanter.models.lm_model",
+    "LmEvalExample": "levanter.eval",
+    "_ensure_named_lm_example": "levanter.eval",
+    "grug_attention_mask_from_named": "levanter.data.text.examples",
+    "named_attention_mask_from_grug": "levanter.data.text.examples",
+    "grug_lm_example_from_named": "levanter.data.text.examples",
+    "named_lm_example_from_grug": "levanter.data.text.examples",
     # evaluation
     "TaggedEvaluator": "levanter.eval",
     "eval_model": "levanter.eval",
@@ -35,7 +51,6 @@ SOURCES = {
     "save_checkpoint": "levanter.checkpoint",
     "load_checkpoint": "levanter.checkpoint",
     "read_manifest": "levanter.checkpoint_manifest",
-    "url_to_fs": "fsspec.core",
     "discover_checkpoint_candidates": "levanter.checkpoint",
     # tracking
     "CompositeTracker": "levanter.tracker",

@@ -258,7 +258,7 @@ def _write_next_batches(path: Path, file: Path) -> None:
 
     _, config = choose(["--resume", str(path)], Choose())
     trainer = config.trainer
-    step = read_metadata(find_complete([path / "checkpoints"])[0])["data_offset"] // trainer.batch_size
+    step = read_metadata(find_complete([path / "checkpoints"])[0])["step"]
     dataset = build_train_dataset(
         prepare(config.data, lambda _: None), config.data, trainer.seq_len, trainer.batch_size, trainer.seed
     )

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.batches import data_offset, skipped_ranges
+
 # What may differ between two starts of the same run: where things are kept, and how often they are looked at.
 UNVERSIONED = (
     "run_id",
@@ -51,11 +53,12 @@ class RunDir:
 
     def describe(self, config: Any, data: Any) -> Callable[[int], dict[str, Any]]:
         """What a checkpoint after `step` steps says of its run: enough for `train/saved.py` to open a copy of it."""
+        batch_size, skipped = config.trainer.batch_size, skipped_ranges(config.data.skip_batches)
         return lambda step: {
             "run_id": self.run_id,
             "variant": self.variant,
             "config_hash": self.config_hash,
-            "data_offset": step * config.trainer.batch_size,
+            "data_offset": data_offset(step, batch_size, skipped),
             "config": as_dict(config),
             "tokenizer_sha256": data.tokenizer.digest,
         }

@@ -15,6 +15,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from grug_kernels.attention import AttentionMask
 from train import lev
+from train.batches import say_if_data_moved
 from train.checkpoint import Checkpoints, restore_latest_or_initialize
 from train.compiled import compile_step, keep_compiled_programs, peak_of_device
 from train.config import GrugTrainerConfig
@@ -24,13 +25,13 @@ from train.data import (
     build_train_loader,
     cache_directory,
     iter_from_step,
-    mixture_metrics,
     prepare,
 )
 from train.evaluate import GrugEvalConfig, build_tagged_evaluator
 from train.harness import Harness, build_harness
 from train.mesh import create_mesh
 from train.metrics import Meter, RunTracker, start_tracker
+from train.mixture import mixture_metrics, mixture_news
 from train.offload import check_offload, in_parts, placed, shapes_of, to_device
 from train.optimizer import Optimizer, hyperparameters
 from train.outcome import advice_on_failure, already_finished, baselines, finish
@@ -168,6 +169,7 @@ def run_grug(variant: str, config: "GrugBaseLaunchConfig") -> None:
         )
         if state.step >= trainer.steps and run.is_summarised:
             return already_finished(run, int(state.step))
+        say_if_data_moved(resumed, config)
         run.write_config(config)
         with (
             start_tracker(run.path, run.run_id, as_dict(config), config.tracker) as tracker,
@@ -221,7 +223,7 @@ def train(
         train_step = make_train_step(optimizer, trainer)
         train_step = compile_step(train_step, state, first, tracker, require_kernels=trainer.require_kernels)
         batches = chain([first], batches)
-        if start and (due := evaluators(start)):  # perhaps not yet: it may have been stopped between save and evaluation
+        if start and (due := evaluators(start)):  # perhaps not yet: it may have been stopped after the save
             tracker.log(evaluations(state, due, config.eval), step=start)
         for step in profile.steps(range(start + 1, trainer.steps + 1), meter, bar.say):
             with meter.loading():
@@ -230,8 +232,10 @@ def train(
             meter.step(step, metrics)
             bar.update(step, meter.last)
             with meter.hooks():
-                if step % trainer.log_every == 0:
-                    tracker.log(mixture_metrics(dataset, step, batch_size), step=step)
+                if news := mixture_news(dataset, step):
+                    bar.say(news)
+                if news or step % trainer.log_every == 0:
+                    tracker.log(mixture_metrics(dataset, step), step=step)
                 # Saved before it is evaluated, or a failing evaluation would cost the steps since the last checkpoint.
                 # And looked at before it is saved: meter.flush raises where a loss, gradient or update is not finite.
                 checkpoints.on_step(state, step, before_save=meter.flush)

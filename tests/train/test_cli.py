@@ -143,7 +143,7 @@ def test_a_cache_of_another_tokenizer_is_refused(grug_cache, tmp_path):
     """Its ids would be clamped to the vocabulary by the embedding lookup, and training would go on in silence."""
     for part in grug_cache.iterdir():
         (tmp_path / part.name).symlink_to(part)
-    [tokens] = tmp_path.glob("tokens-*")
+    [tokens] = tmp_path.glob("tokens-code-*")
     written = json.loads((tokens / "manifest.json").read_text())
     tokens.unlink()
     tokens.mkdir()
@@ -223,10 +223,28 @@ def test_a_configuration_survives_its_file(variant):
 
 def test_stages_of_a_mixture_survive_their_file():
     stages = [(0, {"prose": 1.0, "code": 1.0}), (64, {"code": 1.0})]
-    config = dataclasses.replace(default_of(), data=DataConfig(weights=stages))
-    back = from_dict(default_of(), as_dict(config), "config.json")
+    data = DataConfig(weights=stages, sources={"web": "web/*.jsonl"}, skip_batches=("57", "100-120"))
+    config = dataclasses.replace(default_of(), data=data)
+    back = from_dict(default_of(), json.loads(json.dumps(as_dict(config))), "config.json")
+    assert (back.data.sources, back.data.skip_batches) == (data.sources, data.skip_batches)
     assert weight_stages(back.data) == stages
     assert hash_of("base", back) == hash_of("base", config)
+
+
+def test_data_of_ones_own_from_the_command_line_and_from_a_file(launched):
+    Path("run.yaml").write_text(
+        "data:\n  sources: {web: a.jsonl, books: b.parquet}\n  weights: [[0, {web: 1, books: 1}], [64, {web: 1}]]\n"
+        "  skip_batches: [57, 100-120]\n"
+    )
+    assert run("--config", "run.yaml").code == 0
+    sources = ["--data.sources", "web", "a.jsonl", "books", "b.parquet"]
+    weights = ["--data.weights", "0", "web", "1", "books", "1", "64", "web", "1"]
+    assert run(*sources, *weights, "--data.skip-batches", "57", "100-120").code == 0
+    for _, config in launched:
+        assert config.data.sources == {"web": "a.jsonl", "books": "b.parquet"}
+        assert weight_stages(config.data) == [(0, {"web": 1, "books": 1}), (64, {"web": 1})]
+        assert config.data.skip_batches == ("57", "100-120")
+    assert len(launched) == 2
 
 
 def test_every_unversioned_knob_exists():

@@ -1,20 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Corpus and tokenizer: what is in them, that they appear whole or not at all, and that every byte is counted."""
+"""The corpus: what is in it, and that it appears whole or not at all."""
 
 import hashlib
-import json
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer
 
 from train.corpus import HOLD_OUT_EVERY, Document, build_corpus, build_once, python_documents
-from train.tokenizer import EOS, build_tokenizer, read_tokenizer, token_byte_lengths
 
 DOCUMENTS = [
     Document(
@@ -28,11 +23,6 @@ DOCUMENTS = [
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     return build_corpus(tmp_path_factory.mktemp("cache"), DOCUMENTS)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(corpus):
-    return build_tokenizer(corpus.directory.parent, corpus, 300)
 
 
 def test_python_brings_prose_and_code():
@@ -132,6 +122,16 @@ def test_killed_half_way_nothing_appears_and_the_next_one_starts_afresh(tmp_path
     assert "clearing away what a stopped process had begun" in caplog.text
 
 
+def test_where_building_fails_nothing_is_left(tmp_path):
+    def fails(directory):
+        (directory / "half").touch()
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        build_once(tmp_path / "target", fails)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
 def test_of_two_at_once_one_builds_and_the_other_waits(tmp_path):
     target = tmp_path / "target"
     with start_slow_build(target, seconds=1) as first:
@@ -141,55 +141,3 @@ def test_of_two_at_once_one_builds_and_the_other_waits(tmp_path):
             assert (first.wait(20), second.wait(20)) == (0, 0)
     assert Path(f"{target}.log").read_text() == "built\n"
     assert {path.name for path in target.iterdir()} == {"first", "second"}
-
-
-@settings(deadline=None, max_examples=200)
-@given(text=st.text())
-def test_token_bytes_add_up_to_the_text(tokenizer, text):
-    """Decoding token by token counts 3 bytes for each part of a character: 55 for a text of 26."""
-    ids = Tokenizer.from_file(str(tokenizer.directory / "tokenizer.json")).encode(text).ids
-    assert token_byte_lengths(tokenizer.directory)[ids].sum() == len(text.encode())
-
-
-def test_special_tokens_have_no_bytes_and_added_ones_do(tokenizer, tmp_path):
-    trained = Tokenizer.from_file(str(tokenizer.directory / "tokenizer.json"))
-    trained.add_tokens(["世界"])
-    trained.save(str(tmp_path / "tokenizer.json"))
-    lengths = token_byte_lengths(tmp_path)
-    assert lengths[trained.token_to_id(EOS)] == 0
-    assert lengths[trained.token_to_id("世界")] == 6
-
-
-def test_training_again_gives_the_same_tokenizer(corpus, tokenizer, tmp_path):
-    again = build_tokenizer(tmp_path, corpus, 300)
-    assert (again.digest, again.vocab_size, again.eos_id) == (tokenizer.digest, 300, 0)
-
-
-def test_another_vocab_size_is_another_tokenizer(corpus, tokenizer):
-    assert build_tokenizer(corpus.directory.parent, corpus, 280).directory != tokenizer.directory
-
-
-def test_a_vocabulary_without_room_for_the_bytes_is_refused(corpus):
-    with pytest.raises(ValueError, match=r"vocab_size=256 is too small .* choose vocab_size >= 257"):
-        build_tokenizer(corpus.directory.parent, corpus, 256)
-
-
-def test_a_tokenizer_without_end_of_document_is_refused(tokenizer, tmp_path):
-    (tmp_path / "tokenizer.json").write_bytes((tokenizer.directory / "tokenizer.json").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
-    with pytest.raises(ValueError, match=r"no end-of-document token: .* eos_token='</s>'"):
-        read_tokenizer(tmp_path)
-
-
-def test_a_name_instead_of_a_directory_is_refused():
-    with pytest.raises(
-        FileNotFoundError, match=r"gpt2/tokenizer\.json does not exist.*names of models are not looked up"
-    ):
-        read_tokenizer(Path("gpt2"))
-
-
-def test_a_tokenizer_that_is_not_byte_level_is_refused(tmp_path):
-    contents = {"model": {"vocab": {"▁the": 0}}, "added_tokens": []}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(contents))
-    with pytest.raises(ValueError, match="not byte-level: token 0 is '▁the'"):
-        token_byte_lengths(tmp_path)

@@ -15,18 +15,20 @@ from jax.sharding import PartitionSpec as P
 from tokenizers import Tokenizer
 
 import train.data
-from train.corpus import COMPONENTS, SPLITS, Document, build_corpus
+import train.token_cache
+from train.corpus import COMPONENTS, SPLITS, Corpus, Document, build_corpus
 from train.data import (
     DataConfig,
     PreparedData,
     build_train_dataset,
     build_train_loader,
     build_validation_sets,
+    held_out_texts,
     iter_from_step,
-    mixture_metrics,
     prepare,
     prepare_corpus,
 )
+from train.mixture import mixture_metrics
 
 SEQ_LEN, BATCH_SIZE = 32, 8
 CONFIG = DataConfig(vocab_size=300)
@@ -43,8 +45,12 @@ def tiny_documents(per_component: int = 60) -> list[Document]:
     ]
 
 
+def tiny_corpus(cache_dir: Path, progress=print) -> Corpus:
+    return build_corpus(cache_dir, tiny_documents(), progress)
+
+
 def tiny_data(cache_dir: Path, progress=print) -> PreparedData:
-    return prepare_corpus(CONFIG, cache_dir, build_corpus(cache_dir, tiny_documents(), progress), progress)
+    return prepare_corpus(CONFIG, cache_dir, tiny_corpus(cache_dir, progress), progress)
 
 
 def mesh_of(replica_dcn: int, data: int, model: int = 1):
@@ -74,34 +80,38 @@ def test_every_document_is_in_the_cache_whole_and_ends_with_eos(prepared):
     tokenizer = Tokenizer.from_file(str(prepared.tokenizer_dir / "tokenizer.json"))
     for component in COMPONENTS:
         for split in SPLITS:
-            texts = prepared.corpus.texts(component, split)
+            texts = tiny_corpus(prepared.cache_dir).texts(component, split)
             expected = sum(len(tokenizer.encode(text + " <|endoftext|>").ids) for text in texts)
             assert prepared.token_counts[component][split] == expected
     assert prepared.components == ("prose", "code")
     assert prepared.vocab_size == 300 == len(prepared.byte_lengths)
 
 
+def test_held_out_documents_can_be_read_as_text(prepared):
+    for component in COMPONENTS:
+        texts = tiny_corpus(prepared.cache_dir).texts(component, "validation")
+        assert held_out_texts(prepared, component) == texts
+        assert held_out_texts(prepared, component, limit=2) == texts[:2]
+
+
 def test_baselines_are_those_of_a_hand_count(prepared):
     tokenizer = Tokenizer.from_file(str(prepared.tokenizer_dir / "tokenizer.json"))
     bits, num_bytes = [], []
+    corpus = tiny_corpus(prepared.cache_dir)
     for component in COMPONENTS:
-        text = "".join(prepared.corpus.texts(component, "validation"))
+        text = "".join(corpus.texts(component, "validation"))
         share = [count / len(text) for count in Counter(text).values()]
         row = prepared.baselines[f"python/{component}"]
         assert row.byte_bpb == pytest.approx(-sum(p * math.log2(p) for p in share), rel=1e-12)
 
         ids = {
-            split: [
-                i
-                for doc in prepared.corpus.texts(component, split)
-                for i in tokenizer.encode(doc + " <|endoftext|>").ids
-            ]
+            split: [i for doc in corpus.texts(component, split) for i in tokenizer.encode(doc + " <|endoftext|>").ids]
             for split in SPLITS
         }
         train = Counter(ids["train"])
         total = len(ids["train"]) + prepared.vocab_size
         bits.append(-sum(math.log2((train[i] + 1) / total) for i in ids["validation"]))
-        num_bytes.append(len(text) + len(prepared.corpus.texts(component, "validation")))  # a space before each eos
+        num_bytes.append(len(text) + len(corpus.texts(component, "validation")))  # a space before each eos
         assert row.token_bpb == pytest.approx(bits[-1] / num_bytes[-1], rel=1e-12)
     assert prepared.baselines["overall"].token_bpb == pytest.approx(sum(bits) / sum(num_bytes), rel=1e-12)
     mean = sum(prepared.baselines[f"python/{component}"].byte_bpb for component in COMPONENTS) / 2
@@ -110,8 +120,8 @@ def test_baselines_are_those_of_a_hand_count(prepared):
 
 def test_a_second_start_builds_nothing(prepared, monkeypatch):
     said = []
-    monkeypatch.setattr(train.data, "_preprocessor", None)  # would be called to tokenize
-    again = tiny_data(prepared.token_cache.parent, said.append)
+    monkeypatch.setattr(train.token_cache, "preprocessor_of", None)  # would be called to tokenize
+    again = tiny_data(prepared.cache_dir, said.append)
     assert said == []
     assert again.token_counts == prepared.token_counts
     assert again.baselines == prepared.baselines
@@ -122,9 +132,9 @@ def test_prepare_says_what_it_does_and_obeys_the_cache_variable(monkeypatch, tmp
     monkeypatch.setattr(train.data, "python_documents", lambda: tiny_documents(4))
     said = []
     prepared = prepare(CONFIG, said.append)
-    assert prepared.token_cache.parent == tmp_path / "here"
+    assert prepared.cache_dir == tmp_path / "here"
     assert said[0] == "corpus: writing 8 documents"
-    assert said[-1] == "tokens: code/validation 1/1 documents"
+    assert said[-1].startswith("tokens: code: 4 documents, 0.0 MB, at code/validation.jsonl:1")
 
 
 def test_batches_are_sharded_over_replica_and_data(prepared):
@@ -188,13 +198,13 @@ def test_stages_change_the_shares_at_their_step(prepared):
 
     dataset = build_train_dataset(prepared, cfg, SEQ_LEN, BATCH_SIZE, 0)
     sequences = prepared.token_counts["prose"]["train"] // SEQ_LEN
-    assert mixture_metrics(dataset, 3, BATCH_SIZE) == {
+    assert mixture_metrics(dataset, 4) == {
         "mixture/stage": 0,
         "mixture/weight/prose": 1.0,
         "mixture/epochs/prose": 16 / sequences,
         "mixture/epochs/code": 0,
     }
-    later = mixture_metrics(dataset, 6, BATCH_SIZE)
+    later = mixture_metrics(dataset, 7)
     assert later["mixture/stage"] == 1
     assert later["mixture/weight/prose"] == 0.25
     assert later["mixture/epochs/prose"] == (32 + 4) / sequences
@@ -206,7 +216,9 @@ def test_validation_sets_are_the_held_out_text_by_tag(prepared):
     for component, dataset in zip(COMPONENTS, sets.values(), strict=True):
         sync = dataset.as_sync_dataset()
         assert len(sync) == prepared.token_counts[component]["validation"] // SEQ_LEN
-        stream = "".join(f"{text} <|endoftext|>" for text in prepared.corpus.texts(component, "validation"))
+        stream = "".join(
+            f"{text} <|endoftext|>" for text in tiny_corpus(prepared.cache_dir).texts(component, "validation")
+        )
         tokenizer = Tokenizer.from_file(str(prepared.tokenizer_dir / "tokenizer.json"))
         seen = [tokenizer.decode(np.asarray(e.tokens).tolist(), skip_special_tokens=False) for e in sync]
         assert len(set(seen)) == len(seen)
@@ -230,6 +242,13 @@ def test_weights_that_mean_nothing_are_refused_before_anything_is_built(tmp_path
     with pytest.raises(ValueError, match=message):
         prepare(DataConfig(cache_dir=str(tmp_path), weights=weights))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_share_too_small_for_a_block_is_refused(prepared):
+    """Levanter rounds it down to no sequences at all, with a Python warning."""
+    cfg = DataConfig(weights={"prose": 1, "code": 99}, mixture_block_size=64)
+    with pytest.raises(ValueError, match=r"prose has 1 of 100 .* 0\.64 sequences of a block of 64.*block_size=100 or"):
+        build_train_dataset(prepared, cfg, SEQ_LEN, 8, 0)
 
 
 def test_a_stage_that_begins_within_a_block_is_refused(prepared):
@@ -259,7 +278,7 @@ def test_a_sequence_longer_than_the_text_is_refused(prepared):
 @pytest.fixture
 def copied(prepared, tmp_path):
     """The prepared data in a folder of its own, for a test to damage."""
-    shutil.copytree(prepared.token_cache.parent, tmp_path / "cache")
+    shutil.copytree(prepared.cache_dir, tmp_path / "cache")
     return tiny_data(tmp_path / "cache")
 
 
@@ -270,7 +289,7 @@ def edit_json(path: Path, edit) -> None:
 
 
 def test_a_moved_cache_is_still_good(prepared, copied):
-    assert copied.token_cache.parent != prepared.token_cache.parent
+    assert copied.cache_dir != prepared.cache_dir
     assert texts_of(copied, batches(copied, 1)[0]) == texts_of(prepared, batches(prepared, 1)[0])
 
 
@@ -278,19 +297,19 @@ def test_a_cache_of_another_tokenizer_is_refused(copied):
     def by_another(manifest):
         manifest["tokenizer"] |= {"directory": "/elsewhere", "digest": "0" * 64, "vocab_size": 999}
 
-    edit_json(copied.token_cache / "manifest.json", by_another)
+    edit_json(copied.caches["code"].splits["train"].parent / "manifest.json", by_another)
     message = (
         r"written with the tokenizer /elsewhere \(999 tokens, sha256 0{12}\), and this run uses .*Delete the cache"
     )
     with pytest.raises(ValueError, match=message):
-        tiny_data(copied.token_cache.parent)
+        tiny_data(copied.cache_dir)
 
 
 def test_a_cache_whose_ledger_names_another_tokenizer_is_refused(copied):
     """Levanter only warns; ids beyond the vocabulary are then clamped by the embedding lookup, silently."""
-    ledger = copied.token_cache / "code" / "train" / "shard_ledger.json"
+    ledger = copied.caches["code"].splits["train"] / "shard_ledger.json"
     edit_json(ledger, lambda contents: contents["metadata"]["preprocessor_metadata"].update(vocab_size=999))
     with pytest.raises(
-        ValueError, match=r"code/train was written by .*'vocab_size': 999.* and this run would write it by"
+        ValueError, match=r"tokens-code-\w+/train was written by .*'vocab_size': 999.* and this run would write it by"
     ):
         build_train_dataset(copied, CONFIG, SEQ_LEN, BATCH_SIZE, 0)

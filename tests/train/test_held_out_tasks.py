@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tasks for lm-eval out of held-out text: the same every time, and fair."""
 
+import dataclasses
 import json
 import random
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from train.corpus import COMPONENTS, Document, build_corpus, python_documents
+from tests.train.tiny import FLAGS
+from train.corpus import COMPONENTS, Document, build_corpus
+from train.data import DataConfig, held_out_texts, prepare, prepare_corpus
 from train.held_out_tasks import CONTINUATION_LENGTH, MAX_CHARACTERS, held_out_tasks, passages_of, questions_of
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return build_corpus(tmp_path_factory.mktemp("cache"), python_documents(), lambda _: None)
+def prepared(grug_cache):
+    return prepare(DataConfig(cache_dir=str(grug_cache), vocab_size=FLAGS["--data.vocab-size"]), lambda _: None)
 
 
-def test_questions_are_the_same_every_time_and_their_answers_are_not_given_away(corpus):
-    texts = corpus.texts("prose", "validation")
+def test_questions_are_the_same_every_time_and_their_answers_are_not_given_away(prepared):
+    texts = held_out_texts(prepared, "prose")
     questions = questions_of(texts)
     random.seed(1)
     assert questions_of(texts) == questions
@@ -47,23 +48,23 @@ def test_passages_follow_one_another_and_leave_out_what_has_no_words():
         assert "xx" not in passage.context + passage.continuation
 
 
-def test_tasks_are_written_once_and_say_what_they_leave_out(corpus, tmp_path):
-    prepared: Any = SimpleNamespace(corpus=corpus, token_cache=tmp_path / "tokens", components=COMPONENTS)
+def test_tasks_are_written_once_and_say_what_they_leave_out(prepared, tmp_path):
+    prepared = dataclasses.replace(prepared, cache_dir=tmp_path)
     said = []
     folder = held_out_tasks(prepared, said.append)
     assert held_out_tasks(prepared, lambda text: pytest.fail(text)) == folder
     documents = [json.loads(line) for line in (folder / "grug_held_out.jsonl").open()]
     for component in COMPONENTS:
-        there_is = sum(map(len, corpus.texts(component, "validation")))
+        texts = held_out_texts(prepared, component)
         length = sum(len(row["text"]) for row in documents if row["component"] == component)
-        assert length == min(MAX_CHARACTERS, there_is)
-        assert any(f"of {component}, {length} of {there_is} characters" in line for line in said)
+        assert length == min(MAX_CHARACTERS, sum(map(len, texts)))
+        assert any(f"of {len(texts)} held-out documents of {component}, {length} characters" in line for line in said)
 
 
 def test_too_little_text_makes_no_task_and_that_is_said(tmp_path):
     short = [Document(component, str(i), "a few words") for component in COMPONENTS for i in range(4)]
     corpus = build_corpus(tmp_path, short, lambda _: None)
-    prepared: Any = SimpleNamespace(corpus=corpus, token_cache=tmp_path / "tokens", components=COMPONENTS)
+    prepared = prepare_corpus(DataConfig(vocab_size=300), tmp_path, corpus, lambda _: None)
     said = []
     folder = held_out_tasks(prepared, said.append)
     assert [file.name for file in folder.glob("*.yaml")] == ["grug_held_out.yaml"]
