@@ -16,7 +16,7 @@ import pytest
 from bench.ahead import tell, told
 from bench.laptop import laptop_step
 from bench.timing import compile_timed
-from train.summary import read_history
+from train.history import read_history
 
 STEPS, LOG_EVERY, BLOCKS = 30, 10, 2
 

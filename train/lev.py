@@ -37,7 +37,9 @@ SOURCES = {
     "url_to_fs": "fsspec.core",
     "discover_checkpoint_candidates": "levanter.checkpoint",
     # tracking
-    "CompositeTracker": "levanter.tracker",
+    "BackgroundTracker": "levanter.tracker",
+    "SummaryStats": "levanter.tracker.histogram",
+    "Histogram": "levanter.tracker.histogram",
     "JsonLoggerConfig": "levanter.tracker.json_logger",
     "TensorboardConfig": "levanter.tracker.tensorboard",
     "WandbConfig": "levanter.tracker.wandb",

@@ -29,8 +29,8 @@ from pathlib import Path
 
 from tests.train.tiny import arrays_of, saved_steps
 from train import lev
+from train.history import read_history
 from train.run import main as train
-from train.summary import read_history
 
 POLL_SECONDS = 0.001
 # About how long a process restores and compiles before its first step.

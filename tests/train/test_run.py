@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.train.tiny import FLAGS, STEPS, Ended, arrays_of, run, run_tiny, saved_steps
-from train.summary import History, read_history
+from train.history import History, read_history
 
 BATCH, SEQ_LEN = FLAGS["--trainer.batch-size"], FLAGS["--trainer.seq-len"]
 
