@@ -3,85 +3,12 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from grug_kernels.mfu import TokenFlops
-from train import metrics
-from train.metrics import Meter, NonFiniteLossError
-
-PEAK = SimpleNamespace(flops_per_second=1e6, source="a table", is_measured=False)
-BATCH, SEQ = 8, 16
-FLOPS = TokenFlops(projections=10, attention=6, softmax=2, attention_causal=2, mlp=8, head=4, recompute=5)
-
-
-class Rows:
-    """Stands in for a RunTracker."""
-
-    def __init__(self):
-        self.rows, self.summary = [], {}
-
-    def log(self, row, *, step):
-        self.rows.append((step, dict(row)))
-
-    def log_summary(self, values):
-        self.summary |= values
-
-    def series(self, name):
-        return {step: row[name] for step, row in self.rows if name in row}
-
-
-class Device:
-    """Runs one step after the other, `seconds` each, while the host goes on; `now` is the host's clock."""
-
-    def __init__(self, seconds):
-        self.seconds, self.now, self.free_at, self.fetched = seconds, 0.0, 0.0, 0
-
-    def clock(self):
-        return self.now
-
-    def dispatch(self, value):
-        self.free_at = max(self.now, self.free_at) + self.seconds
-        return OnDevice(self, self.free_at, value)
-
-
-class OnDevice:
-    """A scalar that is not there yet: looking at it takes the clock to the moment when it is."""
-
-    def __init__(self, device, ready_at, value):
-        self.device, self.ready_at, self.value = device, ready_at, value
-
-    def is_ready(self):
-        return self.device.now >= self.ready_at
-
-    def __array__(self, dtype=None, copy=None):
-        self.device.fetched += 1
-        self.device.now = max(self.device.now, self.ready_at)
-        return np.asarray(self.value, dtype)
-
-
-@pytest.fixture
-def device(monkeypatch):
-    device = Device(seconds=10.0)
-    monkeypatch.setattr(metrics, "perf_counter", device.clock)
-    return device
-
-
-def new_meter(**changes):
-    given = {"total_steps": 40, "batch_size": BATCH, "seq_len": SEQ, "flops": FLOPS, "peak": PEAK} | changes
-    tracker = Rows()
-    return tracker, Meter(tracker, **given)
-
-
-def train(meter, device, steps, *, loading=0.0, hooks=0.0, losses=lambda step: 2.0):
-    for step in steps:
-        with meter.loading():
-            device.now += loading
-        meter.step(step, {"train/loss": device.dispatch(losses(step)), "optim/learning_rate": np.float32(0.5)})
-        with meter.hooks():
-            device.now += hooks
+from tests.train.simulated import BATCH, FLOPS, SEQ, new_meter, train
+from train.metrics import NonFiniteLossError
 
 
 def test_every_step_has_one_row_with_its_metrics(device):
@@ -221,6 +148,19 @@ def test_a_step_without_loss_is_refused(device):
 def test_log_every_is_at_least_one(device):
     with pytest.raises(ValueError, match="log_every=0, expected at least 1"):
         new_meter(log_every=0)
+
+
+def test_median_and_deciles_are_logged_at_the_last_step(device):
+    tracker, meter = new_meter(total_steps=60, log_every=10)
+    for step in range(1, 61):
+        device.seconds = {10: 99.0}.get(10 * ((step + 9) // 10), 1.0 + (step - 11) // 10)
+        train(meter, device, [step])
+    of_windows = [tracker.series("throughput/duration")[step] for step in (20, 30, 40, 50, 60)]
+    assert of_windows == [pytest.approx(1.0 + i) for i in range(5)]
+    summary = tracker.summary
+    named = [summary[f"throughput/{which}_duration"] for which in ("p10", "p50", "p90")]
+    assert named == [pytest.approx(value) for value in (1.4, 3.0, 4.6)]
+    assert summary["throughput/p50_tokens_per_second"] == pytest.approx(BATCH * SEQ / 3)
 
 
 def test_these_modules_import_neither_jax_nor_levanter():

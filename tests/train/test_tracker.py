@@ -222,21 +222,36 @@ def test_tensorboard_that_cannot_write_does_not_hold_the_run_up(tmp_path, no_acc
     assert "Background tracker 'tensorboard' did not exit within 0.5s; abandoning thread" in caplog.text
 
 
+def wandb_records(file):
+    """A header of 7 bytes, then blocks of 32 KiB of chunks: a checksum of 4 bytes, a length of 2, a kind, data.
+
+    Kinds: 1 is a whole record; 2, 3 and 4 are its first, middle and last parts. No chunk begins in a block's last 6
+    bytes.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, at, data = file.read_bytes(), 7, b""
+    while at < len(content):
+        if (left := -at % 32768) < 7 and left:
+            at += left
+            continue
+        length, kind = struct.unpack_from("<HB", content, at + 4)
+        data = (b"" if kind in (1, 2) else data) + content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield Record.FromString(data)
+
+
 def test_wandb_files_hold_every_row_beside_tensorboard(tmp_path, no_account, monkeypatch):
     """Offline: what `wandb sync` would upload."""
-    from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
-
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
     rows = log_run(tmp_path, wandb="on")
     assert len(rows) == 3
     (file,) = glob.glob(f"{tmp_path}/wandb/offline-run-*/run-run.wandb")
-    store, logged = DataStore(), {}
-    store.open_for_scan(file)
-    while (data := store.scan_data()) is not None:
-        record = Record.FromString(data)
+    logged = {}
+    for record in wandb_records(Path(file)):
         if record.WhichOneof("record_type") == "history":
             items = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
             logged[items["_step"]] = items
