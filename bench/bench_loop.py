@@ -73,7 +73,7 @@ def environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def loop_windows(variant: str, change: Any, folder: Path) -> tuple[list[float], list[float]]:
-    """Seconds per step of each logged window of a real run but its first: of the steps, and of the hooks beside them."""
+    """Seconds per step of each logged window of a real run but its first: of the steps, and of the hooks."""
     launch = importlib.import_module(f"grug_model.{variant}.launch")
     with environment(ENVIRONMENT if change is with_everything else {}):
         launch.run(change(launch.PRESETS["laptop"], folder))

@@ -96,7 +96,8 @@ class Meter:
         self._spikes = [Spikes(metric) for metric in RISE]
         self._store_every = store_metrics_every()
         self._store = StoreMetrics() if self._store_every else None
-        self._windows: list[dict[str, float]] = []  # of this process, but for the first, which warms up
+        # Of the windows of this process, but for the first, which warms up.
+        self._values: dict[str, list[float]] = {f"throughput/{name}": [] for name in SPREAD}
         self._is_warm = False
         tracker.log_summary({"run/start_step": start_step, "run/total_steps": total_steps})
         tracker.log_summary(_constants(flops, seq_len, peak))
@@ -243,18 +244,14 @@ class Meter:
 
     def _log_spread(self, step: int) -> None:
         """At the last step the deciles and the median of the windows of this process, the first one left out."""
-        if self._is_warm:
-            self._windows.append(self.last)
+        for name, values in self._values.items() if self._is_warm else ():
+            values += [self.last[name]] if name in self.last else []
         self._is_warm = True
-        if step == self._total_steps and self._windows:
-            names = [f"throughput/{name}" for name in SPREAD if f"throughput/{name}" in self._windows[0]]
-            self._tracker.log_summary(
-                {
-                    name.replace("/", f"/{which}_"): value
-                    for name in names
-                    for which, value in spread([window[name] for window in self._windows]).items()
-                }
-            )
+        if step == self._total_steps:
+            for name, values in self._values.items():
+                if values:
+                    named = {name.replace("/", f"/{which}_"): value for which, value in spread(values).items()}
+                    self._tracker.log_summary(named)
 
     def _check(self, step: int, row: Mapping[str, Any]) -> None:
         for metric in MUST_BE_FINITE:
