@@ -155,8 +155,8 @@ class Meter:
         self._newest_step = step
         if self._store_every and step % self._store_every == 0:
             metrics = {**metrics, **self._store.collect()}
+        self._stalls.cut("host")
         self._pending.append((step, metrics))
-        self._stalls.cut("host", dispatched=True)
         if step % self._log_every == 0 or step == self._total_steps:
             self.flush()
 

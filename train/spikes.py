@@ -33,13 +33,13 @@ class Spikes:
     def look(self, value: float) -> tuple[float, str] | None:
         """How many times its median a spike is, and a sentence about it: "" within a spike that has been spoken of."""
         x = math.log(max(value, 1e-30))
-        found = self._found(x)
+        found, steps = self._found(x), len(self._window)
         self._window.append(x)
         sentence = ""
         if found and not self._is_inside:
             ratio, sigmas = found
             sentence = (
-                f"{self.metric} is {value:.4g}, {ratio:.2f} times the median of the last {len(self._window) - 1} steps"
+                f"{self.metric} is {value:.4g}, {ratio:.2f} times the median of the last {steps} steps"
                 f" ({sigmas:.0f} robust deviations above it)"
             )
         self._is_inside = found is not None

@@ -4,8 +4,7 @@
 The loop's time is cut where it goes from one thing to the next: loading a batch, dispatching a step, hooks (saving,
 evaluating), Python between them, waiting for the devices. At each cut the newest step either is still at work or is
 not; where it is not, the devices were idle at the end of that stretch, and the whole stretch is charged to what the
-loop did in it. Charged is therefore at most what was lost, except in a stretch of dispatching, which is charged if they
-were idle when it began.
+loop did in it. What is charged is therefore at most what was lost: nobody knows when within it the step ended.
 
     data = loading that was charged / (time - hooks)        host = dispatching and Python that were charged / the same
 
@@ -55,7 +54,6 @@ class Stalls:
     def __init__(self, clock: Callable[[], float], is_idle: Callable[[], bool]):
         self._clock, self._is_idle = clock, is_idle
         self._cut_at: float | None = None  # None: nothing has been loaded yet, the loop has not begun
-        self._was_idle = True
         self._seconds: dict[Activity, float] = dict.fromkeys(("data", "host", "hooks", "device"), 0.0)
         self._time = 0.0
         self._windows_bound, self._is_said = 0, False
@@ -65,17 +63,15 @@ class Stalls:
         if self._cut_at is None:
             self._cut_at = self._clock()
 
-    def cut(self, activity: Activity, *, dispatched: bool = False) -> None:
-        """The stretch since the last cut was spent on `activity`; `dispatched`: a step has just been set to work."""
+    def cut(self, activity: Activity) -> None:
+        """The stretch since the last cut was spent on `activity`. Dispatching ends before its own step is at work."""
         if self._cut_at is None:
             return
         now = self._clock()
         stretch, self._cut_at = now - self._cut_at, now
         self._time += stretch
-        is_idle = not dispatched and self._is_idle()
-        if self._was_idle if dispatched else is_idle:
+        if self._is_idle():
             self._seconds[activity] += stretch
-        self._was_idle = is_idle
 
     def shares(self) -> Shares:
         """Of the window that ends here; the next one begins."""

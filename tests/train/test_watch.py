@@ -14,14 +14,13 @@ from grug_kernels import dispatch
 from grug_kernels.stacked import ArrayStacked
 from tests.model.variants import VARIANTS, one_device, part, random_batch, tiny_config, tiny_trainer
 from tests.train.test_offload import axes_of_stack, make_state, optimizer_of, step_of
-from tests.train.tiny import flags, run, run_tiny
+from tests.train.tiny import flags, run
 from train.history import read_history
 from train.mesh import create_mesh
 from train.tree_stats import PerParameter, parameter_norms, watched
 from train.watch import Histogram, WatchConfig
 
 NORMS = WatchConfig(("grads", "params", "updates", "opt_state"))
-ALL = WatchConfig(NORMS.what, histograms=True)
 
 
 def by_name(metrics) -> dict[str, Any]:
@@ -75,7 +74,8 @@ def test_blocks_have_the_same_names_and_norms_stacked_or_not():
 
 
 def test_eight_devices_watch_what_one_does():
-    one, eight = (by_name(watched_step("array_stacked", ALL, size)[1]) for size in (1, 8))
+    grads = WatchConfig(("grads",), histograms=True)
+    one, eight = (by_name(watched_step("array_stacked", grads, size)[1]) for size in (1, 8))
     assert eight.keys() == one.keys()
     for name, value in one.items():
         if isinstance(value, Histogram):
@@ -90,16 +90,17 @@ def test_norms_are_levanters():
     from levanter.callbacks.watch import compute_watch_stats
 
     state, _ = watched_step("base", NORMS)
+    params = jax.tree.map(jnp.asarray, {"blocks": state.params.blocks[:1], "lm_head": state.params.lm_head})
     theirs = compute_watch_stats(
         watch_targets=["params"],
         include_norms=True,
         include_per_parameter_norms=True,
         include_histogram=True,
         split_scan_layers=True,
-        params=jax.tree.map(jnp.asarray, state.params),
+        params=params,
     )
     with jax.set_mesh(one_device()):
-        found = jax.jit(lambda params: watched(WatchConfig(("params",), histograms=True), params=params))(state.params)
+        found = jax.jit(lambda params: watched(WatchConfig(("params",), histograms=True), params=params))(params)
     ours = by_name(found)
     assert theirs.keys() == ours.keys()
     for name, value in theirs.items():
@@ -109,7 +110,7 @@ def test_norms_are_levanters():
         counts, limits = value.to_numpy_histogram()
         assert np.abs(ours[name].counts - counts).sum() <= 2, name  # a number upon an edge
         assert (ours[name].low, ours[name].high) == (limits[0], limits[-1])
-        assert ours[name].rms == pytest.approx(value.rms, rel=1e-5)
+        assert ours[name].rms == pytest.approx(float(value.rms), rel=1e-5)
         assert ours[name].nonzero == value.nonzero_count
 
 
@@ -171,20 +172,17 @@ def test_a_state_in_host_memory_has_the_same_norms(platform):
 
 
 def test_a_run_logs_what_it_watches_when_it_is_due(folder):
-    """Offloaded, with an average: names and steps, and the same losses as a run that watches nothing."""
+    """With its optimizer state in host memory."""
     watch = {"--watch.every": 2, "--tracker.wandb": "off", "--trainer.offload": "optimizer"}
     what = ["--watch.what", "grads", "opt_state", "--watch.histograms"]
     ended = run(*flags(watch), *what, "--run-id", "watched")
     assert ended.code == 0, ended.text
-    assert run_tiny("unwatched").code == 0
-    watching, plain = (read_history(folder / "runs" / name) for name in ("watched", "unwatched"))
+    watching = read_history(folder / "runs" / "watched")
     assert [step for step, _ in watching.series("grad/norm/blocks.1.mlp.w_up")] == [2, 4, 6]
     for step, norm in watching.series("grad/norm/total"):
         assert norm == pytest.approx(dict(watching.series("train/grad_norm"))[step], rel=1e-5)
     assert watching.series("opt_state/nu/norm/total")
     assert sum(watching.rows[2]["grad/hist/lm_head"]["counts"]) == 16 * 1024
-    assert not any("/norm/" in name for name in plain.names())
-    assert watching.series("train/loss") == plain.series("train/loss")
     rows = (folder / "runs" / "watched" / "metrics.jsonl").read_text().splitlines()
     assert max(map(len, rows)) < 40_000
     assert "compiling the step that is watched" in ended.text
