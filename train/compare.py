@@ -14,11 +14,9 @@ from typing import Any
 from train import summary
 from train.history import History
 from train.page import page, plots, table
-from train.plot import COLORS, Line, line_plot, smooth
+from train.plot import COLORS, Line, Points, line_plot, smooth
 from train.rundir import flat, write_atomically
 from train.summary import Record, clock, read_run
-
-Points = list[tuple[float, float]]
 
 NOT_A_LOSS = ("_time",)  # endings of what eval/ also holds
 

@@ -94,8 +94,7 @@ class Meter:
         self._stalls = Stalls(perf_counter, lambda: not self._pending or _is_ready(self._pending[-1][1]["train/loss"]))
         self._activity: Activity = "host"
         self._spikes = [Spikes(metric) for metric in RISE]
-        self._store_every = store_metrics_every()
-        self._store = StoreMetrics() if self._store_every else None
+        self._store = StoreMetrics(store_metrics_every())
         # Of the windows of this process, but for the first, which warms up.
         self._values: dict[str, list[float]] = {f"throughput/{name}": [] for name in SPREAD}
         self._is_warm = False
@@ -153,10 +152,8 @@ class Meter:
         if "train/loss" not in metrics:
             raise ValueError(f"Meter.step: no 'train/loss' among {sorted(metrics)}. The train step has to return it.")
         self._newest_step = step
-        if self._store_every and step % self._store_every == 0:
-            metrics = {**metrics, **self._store.collect()}
         self._stalls.cut("host")
-        self._pending.append((step, metrics))
+        self._pending.append((step, {**metrics, **self._store.of(step)}))
         if step % self._log_every == 0 or step == self._total_steps:
             self.flush()
 

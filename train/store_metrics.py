@@ -44,13 +44,16 @@ def store_metrics_every() -> int | None:
 
 
 class StoreMetrics:
-    """What TensorStore has counted since the process began, and since the last `collect`."""
+    """What TensorStore has counted since the process began, and since the row before. every: None, for no rows."""
 
-    def __init__(self):
-        self._before = _totals()
+    def __init__(self, every: int | None):
+        self._every = every
+        self._before = _totals() if every else {}
 
-    def collect(self) -> dict[str, float]:
-        """`data/tensorstore/<counter>_total` and `_delta`; and the shares of reads that the cache answered."""
+    def of(self, step: int) -> dict[str, float]:
+        """If it is due, `data/tensorstore/<counter>_total`, `_delta`, and what share of reads the cache answered."""
+        if not self._every or step % self._every:
+            return {}
         before, now = self._before, _totals()
         self._before = now
         metrics = {f"{name}_total": total for name, total in now.items()}

@@ -19,6 +19,8 @@ from train.report import write_report
 from train.summary import Ending, collect, summarise
 from train.tracker import METRICS_FILE
 
+SVG = "{http://www.w3.org/2000/svg}"
+
 # Report
 
 
@@ -43,7 +45,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(tmp_path):
 
 def test_the_plot_of_bits_has_every_dataset_and_the_baselines(tmp_path):
     html = write_report(a_run(tmp_path)).read_text()
-    labels = [text.text for text in svgs(html)[1].iter("{http://www.w3.org/2000/svg}text")]
+    labels = [text.text for text in svgs(html)[1].iter(f"{SVG}text")]
     assert {"all", "a/b", "a/c", "byte frequencies 4.93", "token frequencies 3.31"} <= set(labels)
     assert "a" not in labels  # sums up a/b and a/c
     assert "40   all 2.2   a/b 2.5   a/c 2.25" in labels  # under the pointer
@@ -120,7 +122,7 @@ def test_spikes_are_marked_in_the_plots_where_they_begin(tmp_path):
     norms = [log_event(step, train__grad_norm=1.0) for step in range(1, 41)]
     run_dir = append(a_run(tmp_path), *rows, *norms)
     marks = {
-        plot.find("{*}title").text: [path.get("d") for path in plot.iter("{*}path") if path.get("class") == "mark"]
+        plot.find("{*}title").text: [path.get("d") for path in plot.iter(f"{SVG}path") if path.get("class") == "mark"]
         for plot in svgs(write_report(run_dir).read_text())
     }
     assert {title: len(found) for title, found in marks.items() if found} == {
@@ -170,7 +172,7 @@ def test_watched_parameters_are_a_table_of_the_last_look(tmp_path):
     assert rows[1] == ["blocks.1.mlp.w_up", "-0.5 to 0.25, mean 0", "0.3", "20", "0.004", "2.00e-04"]
     assert rows[0][1] == ""
     by_layer = next(plot for plot in svgs(html) if plot.find("{*}title").text == "Gradient norm by layer")
-    assert {text.text for text in by_layer.iter("{*}text")} >= {"0", "1"}
+    assert {text.text for text in by_layer.iter(f"{SVG}text")} >= {"0", "1"}
 
 
 # Comparison
@@ -203,7 +205,7 @@ def test_losses_are_compared_by_tokens_too(tmp_path):
     plot = svgs(write_comparison(runs, tmp_path / "both.html").read_text())[1]
     ends = [
         float(path.get("d").rpartition("L")[2].split()[0])
-        for path in plot.iter("{*}path")
+        for path in plot.iter(f"{SVG}path")
         if path.get("stroke") and "L" in path.get("d")
     ]
     assert (ends[1] - LEFT) / (ends[0] - LEFT) == pytest.approx((200 * 40 - 100) / (100 * 40 - 100), rel=0.01)
