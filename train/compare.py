@@ -36,7 +36,7 @@ def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
         raise ValueError(f"a run stands twice among {', '.join(map(str, run_dirs))}. Name each once.")
     runs = dict(zip(ascii_uppercase, map(read_run, run_dirs), strict=False))
     sections = [
-        f"<h1>{len(runs)} runs</h1>",
+        f'<h1>{len(runs)} runs</h1><p class="status">Triangles mark spikes. Differences in percent are from A.</p>',
         _section("", _overview(runs)),
         _plots(runs),
         _section("Evaluation, at the end", _evaluations(runs)),
@@ -68,7 +68,7 @@ def _overview(runs: Mapping[str, Record]) -> list[tuple[str, ...]]:
         "wall time": lambda f: clock(f["wall_seconds"]) if "wall_seconds" in f else "",
     }
     rows = [(name, *map(text, facts)) for name, text in texts.items()]
-    return [("", *(f"{letter}  {run.name}" for letter, run in runs.items())), *rows]
+    return [("", *(f"{letter}  {run.name}" for letter, run in runs.items())), *(row for row in rows if any(row[1:]))]
 
 
 def _plots(runs: Mapping[str, Record]) -> str:

@@ -43,11 +43,11 @@ def _cell(text: str) -> str:
 
 
 def table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> str:
-    """A card with a table; without a `header` the first cell of each row is its name."""
+    """A card with a table. Without a `header`, or where its first cell is empty, the first of each row is its name."""
     head = f"<tr>{''.join(f'<th>{_cell(cell)}</th>' for cell in header)}</tr>" if header else ""
     body = ""
     for row in rows:
-        first = "td" if header else "th"
+        first = "td" if header and header[0] else "th"
         body += f"<tr><{first}>{_cell(row[0])}</{first}>{''.join(f'<td>{_cell(cell)}</td>' for cell in row[1:])}</tr>"
     return f'<div class="card"><table>{head}{body}</table></div>'
 

@@ -186,9 +186,9 @@ def test_a_comparison_needs_nothing_else_and_shows_what_differs(tmp_path):
     html = write_comparison([slow, fast], tmp_path / "both.html").read_text()
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|<script|<link|@import|url\(|src=", html)
     assert "<th>A  &lt;slow&gt;</th><th>B  fast</th>" in html
-    assert "<td>optimizer.learning_rate</td><td>0.0003</td><td>0.001</td>" in html
+    assert "<th>optimizer.learning_rate</th><td>0.0003</td><td>0.001</td>" in html
     assert "hidden_dim" not in html
-    assert "<td>eval/loss</td><td>4.1000</td><td>2.1000  (-48.78 %)</td>" in html
+    assert "<th>eval/loss</th><td>4.1000</td><td>2.1000  (-48.78 %)</td>" in html
     assert "40 of 40" in html
     assert "60 of 60" in html
     titles = [plot.find("{*}title").text for plot in svgs(html)]
