@@ -27,7 +27,7 @@ h2 { font-size: 17px; margin: 36px 0 10px; }
 table { border-collapse: collapse; width: 100%; }
 th { text-align: left; font-weight: 500; color: var(--soft); white-space: nowrap; vertical-align: top; }
 td, th { padding: 7px 18px 7px 0; border-top: 1px solid var(--edge); } tr:first-child > * { border-top: 0; }
-td { white-space: pre-line; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+td { white-space: pre-line; vertical-align: top; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 pre, code { font: 13px ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; } pre + pre { margin-top: 14px; }
 pre + pre { border-top: 1px solid var(--edge); padding-top: 14px; } summary { cursor: pointer; color: var(--soft); }
