@@ -15,8 +15,8 @@ from bench import charts
 from bench.pictures import Picture, pictures
 from bench.results import BASES, STORAGE, Results, ResultsError, Row, is_time, newest, read
 from bench.tables import GIB, MISSING, Column, Table, number_text, refusals, tables, time_unit
+from train.page import PAGE_STYLE
 from train.plot import PLOT_STYLE
-from train.report import PAGE_STYLE
 from train.rundir import write_atomically
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training step, compiled ahead of its first call: how long that took, its memory, the kernels in it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -9,9 +10,10 @@ import jax
 
 from grug_kernels import dispatch
 from grug_kernels.chips import Peak, peak_flops
-from train.metrics import RunTracker
 from train.progress import phase
 from train.summary import kernel_metrics
+from train.tracker import RunTracker
+from train.watch import WatchConfig
 
 
 def keep_compiled_programs(cache_dir: Path) -> None:
@@ -54,6 +56,14 @@ def compile_step(train_step: Any, state: Any, batch: Any, tracker: RunTracker, *
         }
     )
     return compiled
+
+
+def compile_watched_step(make_step: Callable[[WatchConfig], Any], watch: WatchConfig, state: Any, batch: Any) -> Any:
+    """The step that also makes what `watch` asks for, compiled beside the other one; None where it asks for nothing."""
+    if not watch.what:
+        return None
+    with phase("compiling the step that is watched"):
+        return make_step(watch).lower(state, batch).compile()
 
 
 def peak_of_device(peak_tflops: float | None) -> Peak | None:

@@ -53,7 +53,9 @@ SOURCES = {
     "read_manifest": "levanter.checkpoint_manifest",
     "discover_checkpoint_candidates": "levanter.checkpoint",
     # tracking
-    "CompositeTracker": "levanter.tracker",
+    "BackgroundTracker": "levanter.tracker",
+    "SummaryStats": "levanter.tracker.histogram",
+    "Histogram": "levanter.tracker.histogram",
     "JsonLoggerConfig": "levanter.tracker.json_logger",
     "TensorboardConfig": "levanter.tracker.tensorboard",
     "WandbConfig": "levanter.tracker.wandb",

@@ -1,44 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where metrics go (`start_tracker`) and how a loop that never waits for its devices measures itself (`Meter`).
-
-Every run writes `<run_dir>/metrics.jsonl`, one row per logged step, flushed as it is written; W&B and TensorBoard get
-the same rows when asked. `train/summary.py` reads the file back. Names of metrics are Levanter's.
-"""
+"""How a loop that never waits for its devices measures itself. Names of metrics are Levanter's."""
 
 import contextlib
-import importlib.util
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from grug_kernels.mfu import TokenFlops, utilisation
-from train import lev
-from train.rundir import flat
+from train.rundir import say
+from train.spikes import RISE, Spikes
+from train.stalls import Activity, Stalls
+from train.store_metrics import StoreMetrics, store_metrics_every
+from train.tracker import RunTracker
+from train.watch import Histogram
 
 if TYPE_CHECKING:
     from grug_kernels.chips import Peak
 
 log = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
 # A finite loss may have a gradient that is not, and a finite gradient an update that is not: the state is poisoned
 # either way. All of them are checked before anything is saved.
 MUST_BE_FINITE = ("train/loss", "train/grad_norm", "train/update_norm", "grad/norm/total")
 
-
-@dataclass(frozen=True)
-class TrackerConfig:
-    """Where metrics go besides `<run_dir>/metrics.jsonl`, which is always written."""
-
-    wandb: Literal["auto", "on", "off"] = "auto"
-    """auto: when WANDB_API_KEY is set. WANDB_MODE, WANDB_PROJECT and WANDB_ENTITY are honoured."""
-    tensorboard: bool = False
-    """Write `<run_dir>/tensorboard` (needs `uv sync --extra prof`)."""
+# Of these the median and the deciles are logged at the end.
+SPREAD = ("duration", "tokens_per_second", "mfu")
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -54,125 +45,6 @@ class NonFiniteLossError(FloatingPointError):
         )
 
 
-@dataclass
-class RunTracker:
-    """Levanter's composite tracker, and the file under it. A context manager; `finish` may be called twice."""
-
-    members: Any
-    handler: logging.FileHandler | None
-
-    def log(self, metrics: Mapping[str, Any], *, step: int) -> None:
-        self.members.log(metrics, step=step)
-
-    def log_summary(self, metrics: Mapping[str, Any]) -> None:
-        """Facts about the whole run, the last value of a name counts."""
-        self.members.log_summary(dict(metrics))
-
-    def finish(self) -> None:
-        if self.members is None:
-            return
-        self.members.finish()
-        if self.handler is not None:
-            self.handler.close()
-        self.members = None
-
-    def __enter__(self) -> "RunTracker":
-        return self
-
-    def __exit__(self, *exc_info) -> None:
-        self.finish()
-
-
-def start_tracker(
-    run_dir: Path | str,
-    run_id: str,
-    config: dict[str, Any],
-    where: TrackerConfig = TrackerConfig(),
-) -> RunTracker:
-    """Opens the trackers of a run and logs `config` to each. A run that goes on appends to its metrics file.
-
-    Call `finish()` in a `finally`, or use the result in a `with`. Only process 0 writes.
-
-    Raises:
-      ValueError: W&B without an account to write to, or TensorBoard without tensorboardX.
-    """
-    import jax
-
-    use_wandb = _wants_wandb(where.wandb)
-    if where.tensorboard and importlib.util.find_spec("tensorboardX") is None:
-        raise ValueError(
-            "TensorBoard was asked for, but tensorboardX is not installed. Run `uv sync --extra prof`, or leave"
-            " --tracker.tensorboard out: metrics.jsonl and report.html need nothing more."
-        )
-    run_dir = Path(run_dir)
-    handler, members = None, []
-    if jax.process_index() == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        handler = _open_rows(run_dir / METRICS_FILE)
-        members.append(_json_tracker(handler))
-        if where.tensorboard:
-            members.append(lev.TensorboardConfig(logdir=str(run_dir / "tensorboard")).init(None))
-    if use_wandb:
-        members += _wandb_trackers(run_dir, run_id, required=where.wandb == "on")
-    tracker = lev.CompositeTracker(members)
-    tracker.log_hyperparameters({name: _plain(value) for name, value in flat(config).items()})
-    return RunTracker(tracker, handler)
-
-
-def _open_rows(path: Path) -> logging.FileHandler:
-    """Appends to `path`, after cutting off a row that a killed process left unfinished: ours would grow onto it."""
-    if path.exists():
-        content = path.read_bytes()
-        end = content.rfind(b"\n") + 1
-        if end < len(content):
-            log.warning("%s: cutting off an unfinished last row of %d bytes", path, len(content) - end)
-            os.truncate(path, end)
-    handler = logging.FileHandler(path, encoding="utf-8")  # flushes after every row
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    return handler
-
-
-def _json_tracker(handler: logging.FileHandler):
-    """Levanter's JSON tracker over a logger of its own, which passes nothing on to the console."""
-    rows = logging.getLogger(f"grug.metrics:{handler.baseFilename}")
-    rows.propagate = False
-    rows.handlers = [handler]
-    return lev.JsonLoggerConfig(logger_name=rows.name).init(None)
-
-
-def _wants_wandb(wandb: str) -> bool:
-    mode, has_key = os.environ.get("WANDB_MODE", "online"), bool(os.environ.get("WANDB_API_KEY"))
-    if wandb == "on" and mode == "online" and not has_key:
-        raise ValueError(
-            "W&B was asked for, but WANDB_API_KEY is not set. Set it, or WANDB_MODE=offline to write local files,"
-            " or pass --tracker.wandb off."
-        )
-    return wandb == "on" or (wandb == "auto" and has_key and mode != "disabled")
-
-
-def _wandb_trackers(run_dir: Path, run_id: str, *, required: bool) -> list:
-    """The W&B tracker, or none with a warning: a run that did not ask for W&B by name trains without it."""
-    os.environ.setdefault("WANDB_DIR", str(run_dir))
-    config = lev.WandbConfig(
-        project=os.environ.get("WANDB_PROJECT", "grug"),
-        name=run_id,
-        mode=os.environ.get("WANDB_MODE", "online"),
-        save_code=False,
-    )
-    try:
-        return [config.init(run_id)]
-    except Exception as error:
-        if required:
-            raise
-        log.warning("W&B did not start, training goes on without it (--tracker.wandb on makes this fail): %s", error)
-        return []
-
-
-def _plain(value: Any) -> bool | int | float | str:
-    """TensorBoard takes no lists, nor None."""
-    return value if isinstance(value, bool | int | float | str) else str(value)
-
-
 class Meter:
     """Collects the metrics of every step without waiting for the devices, and logs them every `log_every` steps.
 
@@ -181,7 +53,10 @@ class Meter:
     `hooks()` is left out while no step is in flight, since the devices then wait; with steps in flight they work
     meanwhile, and subtracting it would report more speed than there is. So log_every=1 times each step by itself.
 
-    throughput/loading_time and throughput/hook_time are seconds per step spent there, whether hidden or not.
+    throughput/loading_time and throughput/hook_time are seconds per step spent there, whether hidden or not;
+    throughput/waiting_for_data and waiting_for_host are percent of the time in which the devices stood idle for it:
+    see `stalls.py`. A loss or gradient norm that jumps is logged as train/loss_spike, train/grad_norm_spike: see
+    `spikes.py`. Both are said through `tell`.
     throughput/mfu = 100 * flops_per_example * examples_per_second / (peak * device_count); throughput/mfu_causal counts
     the keys that a causal mask leaves: see `grug_kernels.mfu`.
 
@@ -215,6 +90,14 @@ class Meter:
         self._newest_step = start_step
         self._loading_seconds = self._hook_seconds = self._hooks_mark = 0.0
         self._window_start = perf_counter()
+        self.tell: Callable[[str], None] = say  # a line for the person who watches
+        self._stalls = Stalls(perf_counter, lambda: not self._pending or _is_ready(self._pending[-1][1]["train/loss"]))
+        self._activity: Activity = "host"
+        self._spikes = [Spikes(metric) for metric in RISE]
+        self._store = StoreMetrics(store_metrics_every())
+        # Of the windows of this process, but for the first, which warms up.
+        self._values: dict[str, list[float]] = {f"throughput/{name}": [] for name in SPREAD}
+        self._is_warm = False
         tracker.log_summary({"run/start_step": start_step, "run/total_steps": total_steps})
         tracker.log_summary(_constants(flops, seq_len, peak))
 
@@ -222,21 +105,33 @@ class Meter:
     def loading(self) -> Iterator[None]:
         """Around waiting for the next batch."""
         start = perf_counter()
+        self._stalls.begin()
+        self._stalls.cut("host")
         try:
             with _named("loading"):
                 yield
         finally:
+            self._stalls.cut("data")
             self._loading_seconds += perf_counter() - start
             self._start_window_if_idle()
 
     @contextlib.contextmanager
     def hooks(self) -> Iterator[None]:
         """Around everything that is done after a step: evaluation, checkpoints, logging."""
+        with self._beside_the_steps("hooks"):
+            yield
+
+    @contextlib.contextmanager
+    def _beside_the_steps(self, activity: Activity) -> Iterator[None]:
         self._hooks_mark = perf_counter()
+        self._stalls.cut(self._activity)
+        outer, self._activity = self._activity, activity
         try:
             with _named("hooks"):
                 yield
         finally:
+            self._stalls.cut(activity)
+            self._activity = outer
             # A flush inside moves the mark: waiting for the devices is no hook's time, and no second counts twice.
             self._hook_seconds += perf_counter() - self._hooks_mark
             self._hooks_mark = perf_counter()
@@ -257,7 +152,8 @@ class Meter:
         if "train/loss" not in metrics:
             raise ValueError(f"Meter.step: no 'train/loss' among {sorted(metrics)}. The train step has to return it.")
         self._newest_step = step
-        self._pending.append((step, metrics))
+        self._stalls.cut("host")
+        self._pending.append((step, {**metrics, **self._store.of(step)}))
         if step % self._log_every == 0 or step == self._total_steps:
             self.flush()
 
@@ -271,30 +167,38 @@ class Meter:
             return
         import jax
 
+        self._stalls.cut(self._activity)
         steps = [step for step, _ in self._pending]
         with _named("waiting"):
             # On all devices: to read a number, one that has it would do, while the others are still at work.
             values = jax.device_get(jax.block_until_ready([metrics for _, metrics in self._pending]))
         seconds = perf_counter() - self._window_start
         self._pending.clear()
-        with self.hooks():
+        self._stalls.cut("device")
+        with self._beside_the_steps("host"):
             rows = [self._row(step, metrics) for step, metrics in zip(steps, values, strict=True)]
-            rows[-1] |= self._throughput(steps[-1], len(steps), seconds)
+            rows[-1] |= self._throughput(steps[-1], len(steps), seconds) | self._waiting(steps[-1])
             self._loading_seconds = self._hook_seconds = 0.0
             for step, row in zip(steps, rows, strict=True):
                 self._check(step, row)
-                self._tracker.log(row, step=step)
+                self._tracker.log(row | self._spikes_in(step, row), step=step)
             self.last = rows[-1]
+            self._log_spread(steps[-1])
 
     def _start_window_if_idle(self) -> None:
         if not self._pending:
             self._window_start = perf_counter()
 
     def _row(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        import numpy as np
+        from train.tree_stats import PerParameter
 
-        row = {"global_step": step, "run_progress": step / self._total_steps}
-        return row | {name: np.asarray(value, dtype=np.float64).tolist() for name, value in metrics.items()}
+        row: dict[str, Any] = {"global_step": step, "run_progress": step / self._total_steps}
+        for name, value in metrics.items():
+            if isinstance(value, PerParameter):
+                row |= {f"{name}/{of}": _number(one) for of, one in value.each()}
+            else:
+                row[name] = _number(value)
+        return row
 
     def _throughput(self, step: int, steps: int, seconds: float) -> dict[str, float]:
         """The metrics of a window of `steps` steps that ended with `step` and took `seconds`."""
@@ -316,12 +220,74 @@ class Meter:
             window |= {"mfu": percent["mfu"], "mfu_causal": percent["mfu_causal"]}
         return {f"throughput/{name}": value for name, value in window.items()}
 
+    def _waiting(self, step: int) -> dict[str, float]:
+        """What the devices waited for in the window that ends with `step`, and the memory of this process."""
+        shares = self._stalls.shares()
+        if self._is_warm and (complaint := self._stalls.complaint(shares)):
+            self.tell(f"step {step}: {complaint}")
+        waiting = {"throughput/waiting_for_data": shares.data, "throughput/waiting_for_host": shares.host}
+        return waiting | host_memory()
+
+    def _spikes_in(self, step: int, row: Mapping[str, Any]) -> dict[str, float]:
+        found = {}
+        for spikes in self._spikes:
+            if spikes.metric in row and (spike := spikes.look(row[spikes.metric])):
+                found[f"{spikes.metric}_spike"], sentence = spike
+                if sentence:
+                    first = (step - 1) * self._batch_size
+                    examples = f"examples {first} to {first + self._batch_size - 1}, batch {step - 1} counted from 0"
+                    self.tell(f"spike at step {step} ({examples}): {sentence}")
+        return found
+
+    def _log_spread(self, step: int) -> None:
+        """At the last step the deciles and the median of the windows of this process, the first one left out."""
+        for name, values in self._values.items() if self._is_warm else ():
+            values += [self.last[name]] if name in self.last else []
+        self._is_warm = True
+        if step == self._total_steps:
+            for name, values in self._values.items():
+                if values:
+                    named = {name.replace("/", f"/{which}_"): value for which, value in spread(values).items()}
+                    self._tracker.log_summary(named)
+
     def _check(self, step: int, row: Mapping[str, Any]) -> None:
         for metric in MUST_BE_FINITE:
             if not math.isfinite(row.get(metric, 0.0)):
                 error = NonFiniteLossError(step, row[metric], batch_size=self._batch_size, metric=metric)
                 self._tracker.log_summary({"run/failed_step": step, "run/failure": str(error)})
                 raise error
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """The tenth, the fiftieth and the ninetieth percentile, as Levanter names them."""
+    ordered = sorted(values)
+
+    def at(share: float) -> float:
+        below, part = divmod(share * (len(ordered) - 1), 1)
+        low, high = ordered[int(below)], ordered[min(int(below) + 1, len(ordered) - 1)]
+        return low + part * (high - low)
+
+    return {"p10": at(0.1), "p50": at(0.5), "p90": at(0.9)}
+
+
+def host_memory() -> dict[str, float]:
+    """The resident memory of this process, where Linux tells it: one that grows and grows is a leak."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return {}
+    return {"memory/host_rss_bytes": float(pages * os.sysconf("SC_PAGE_SIZE"))}
+
+
+def _number(value: Any) -> Any:
+    import numpy as np
+
+    return value if isinstance(value, Histogram) else np.asarray(value, dtype=np.float64).tolist()
+
+
+def _is_ready(value: Any) -> bool:
+    """Whether a device scalar is there; a plain number is."""
+    return value.is_ready() if hasattr(value, "is_ready") else True
 
 
 def _named(name: str) -> contextlib.AbstractContextManager[Any]:

@@ -81,6 +81,25 @@ def in_parts(update: Callable[..., PyTree], *trees: PyTree) -> PyTree:
     return _part_by_part(update, trees)
 
 
+def by_layer(function: Callable[[Any], PyTree], leaf: Any, *, is_stacked: bool) -> PyTree:
+    """function(leaf) with a leading axis 1; of a stack's leaf [layers, ...] function(layer) of each, with axis layers.
+
+    Its results are small. A leaf in host memory visits the device, a layer at a time: in a loop, as in `in_parts`.
+    """
+    if not _is_on_host(leaf):
+        return jax.vmap(function)(leaf if is_stacked else leaf[None])
+    layers = leaf.shape[0] if is_stacked else 1
+
+    def visit(layer: Any, results: PyTree) -> PyTree:
+        new = function(_fetch(leaf, layer if is_stacked else None))
+        return jax.tree.map(lambda all_of, one: all_of.at[layer].set(one), results, new)
+
+    shapes = jax.eval_shape(lambda: function(_fetch(leaf, 0 if is_stacked else None)))
+    empty = jax.tree.map(lambda shape: jnp.zeros((layers, *shape.shape), shape.dtype), shapes)
+    # A loop that is known to have one turn is none to XLA.
+    return jax.lax.fori_loop(0, jax.lax.optimization_barrier(jnp.int32(layers)), visit, empty)
+
+
 class _Part(NamedTuple):
     """name: the path that its leaves begin with. num_layers: leading axis of a stack's leaves; 0 for what is none."""
 

@@ -10,6 +10,7 @@ from itertools import accumulate, pairwise
 from train.summary import si
 
 Points = Sequence[tuple[float, float]]
+COLORS = 6  # that lines may have
 MAX_POINTS = 800  # drawn per line
 MAX_COLUMNS = 160  # places along the x axis where the values can be read off
 LEFT, RIGHT, TOP, BOTTOM = 54, 16, 62, 40  # margins of a plot, in its own units
@@ -18,16 +19,18 @@ CHARACTER = 6.4  # width of an average character at 12 units, for the legend
 # Colours for both schemes; the lines' are told apart by people with any of the usual colour deficiencies.
 PLOT_STYLE = """
 .plot { --ink: #1c2330; --soft: #667085; --grid: #e6e9ef; --paper: #fff; --c0: #2563eb; --c1: #d9480f; --c2: #0f8a6c;
-  --c3: #a21caf; --c4: #a16207; --c5: #475569; width: 100%; height: auto; display: block;
+  --c3: #a21caf; --c4: #a16207; --c5: #475569; --bad: #b42318; width: 100%; height: auto; display: block;
   font: 12px system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 @media (prefers-color-scheme: dark) { .plot { --ink: #e7eaf0; --soft: #98a2b3; --grid: #2b3342; --paper: #171c26;
-  --c0: #7aa7ff; --c1: #ff9d66; --c2: #4cc9a4; --c3: #e08bf0; --c4: #e3b341; --c5: #a9b4c4; } }
+  --c0: #7aa7ff; --c1: #ff9d66; --c2: #4cc9a4; --c3: #e08bf0; --c4: #e3b341; --c5: #a9b4c4;
+  --bad: #ff8a80; } }
 .plot text { fill: var(--soft); font-variant-numeric: tabular-nums; }
 .plot .title { fill: var(--ink); font-size: 15px; font-weight: 600; }
 .plot .grid { stroke: var(--grid); } .plot .axis { stroke: var(--soft); opacity: .6; }
 .plot .end { text-anchor: end; } .plot .middle { text-anchor: middle; }
 .plot path { fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }
 .plot .faint { opacity: .3; stroke-width: 1; } .plot .level { stroke: var(--soft); stroke-dasharray: 5 4; }
+.plot .mark { fill: var(--bad); stroke: none; }
 .plot .halo { paint-order: stroke; stroke: var(--paper); stroke-width: 4px; }
 .plot .column rect { fill: transparent; } .plot .column .show { visibility: hidden; pointer-events: none; }
 .plot .column:hover .show { visibility: visible; } .plot .rule { stroke: var(--soft); opacity: .5; }
@@ -50,12 +53,15 @@ def line_plot(
     lines: Sequence[Line],
     *,
     levels: Sequence[tuple[str, float]] = (),
+    marks: Sequence[float] = (),
     x_label: str = "step",
     from_zero: bool = False,
     width: int = 500,
     height: int = 280,
 ) -> str:
     """An inline <svg> with axes, ticks, a legend, named dashed `levels`, and the values under the pointer.
+
+    marks: where along x a triangle points at the curves.
 
     from_zero: the y axis holds zero, so that heights compare.
     It takes its colours from `PLOT_STYLE`, once per page; `standalone` makes a file of it.
@@ -70,7 +76,8 @@ def line_plot(
     x_scale = Scale.over(xs, LEFT, width - RIGHT, margin=0.0)
     y_scale = Scale.over(ys, height - BOTTOM, TOP, margin=0.06)
     frame = _axes(x_scale, y_scale, x_label) + _legend([line for line in lines if not line.faint])
-    return head + frame + _levels(levels, x_scale, y_scale) + _curves(lines, x_scale, y_scale) + "</svg>"
+    curves = _curves(lines, x_scale, y_scale)
+    return head + frame + _levels(levels, x_scale, y_scale) + _marks(marks, x_scale) + curves + "</svg>"
 
 
 def standalone(svg: str) -> str:
@@ -168,6 +175,11 @@ def _levels(levels: Sequence[tuple[str, float]], x_scale: Scale, y_scale: Scale)
         marks.append(f'<text class="end halo" x="{x_scale.end}" y="{beside}">{escape(text)}</text>')
         above = y
     return "".join(marks)
+
+
+def _marks(marks: Sequence[float], x_scale: Scale) -> str:
+    triangles = (f'<path class="mark" d="M{x_scale(x) - 4:.1f} {TOP - 8}h8l-4 7z"/>' for x in marks)
+    return "".join(triangles)
 
 
 def _curves(lines: Sequence[Line], x_scale: Scale, y_scale: Scale) -> str:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from train.metrics import Meter, RunTracker
+from train.metrics import Meter
 from train.rundir import say
+from train.tracker import RunTracker
 
 log = logging.getLogger(__name__)
 

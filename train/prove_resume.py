@@ -28,8 +28,8 @@ from typing import Any
 
 from train import lev
 from train.checkpoint_files import find_complete, read_metadata
+from train.history import read_history
 from train.stopping import catch_signals
-from train.summary import read_history
 
 POLL_SECONDS = 0.001
 # About how long a process restores and compiles before its first step.

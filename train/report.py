@@ -1,58 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One self-contained page about a run: `python -m train.report RUN_DIR` writes RUN_DIR/report.html.
+"""One self-contained page about a run: `python -m train.report RUN` writes RUN/report.html.
 
-It reads what the run wrote, so it works on a run that goes on, or was killed. No script, no font, no network.
+It reads what the run wrote, so it works on a run that goes on, or was killed. `python -m train.report RUN RUN ...`
+compares runs: see `compare.py`.
 """
 
 import argparse
 import json
-import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from train import summary
-from train.plot import PLOT_STYLE, Line, line_plot, smooth
+from train.compare import write_comparison
+from train.history import History
+from train.page import folded, page, plots, table
+from train.plot import Line, line_plot, smooth
+from train.report_watch import layers_plot, watched_parameters
 from train.rundir import write_atomically
-from train.summary import REPORT_FILE, SUMMARY_FILE, History, clock, collect, read_history, si
-
-log = logging.getLogger(__name__)
+from train.stalls import WAITED_FOR
+from train.summary import REPORT_FILE, Record, clock, read_run, si
 
 # Rows of the facts table, where they are known.
 SECONDS = (("compilation", "compile_seconds"), ("wall time", "wall_seconds"))
 PATHS = (("checkpoint", "checkpoint"), ("resume with", "resume_command"))
 
-PAGE_STYLE = """
-:root { color-scheme: light dark; --ink: #1c2330; --soft: #667085; --back: #f5f6f9; --paper: #fff; --edge: #e3e7ee;
-  --bad: #b42318; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e7eaf0; --soft: #98a2b3; --back: #0e1219; --paper: #171c26;
-  --edge: #2b3342; --bad: #ff8a80; } }
-body { margin: 0; background: var(--back); color: var(--ink); line-height: 1.5;
-  font: 15px system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 36px 20px 60px; }
-h1 { font-size: 26px; letter-spacing: -.015em; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 17px; margin: 36px 0 10px; }
-.status { color: var(--soft); margin: 4px 0 22px; } .failed { color: var(--bad); }
-.tiles, .plots { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(min(190px, 100%), 1fr)); }
-.plots { grid-template-columns: repeat(auto-fit, minmax(min(460px, 100%), 1fr)); margin-top: 14px; }
-.wide { margin-top: 14px; overflow-x: auto; } .wide .plot { min-width: 640px; }
-.card { background: var(--paper); border: 1px solid var(--edge); border-radius: 12px; padding: 14px 16px; min-width: 0 }
-.tile b { display: block; font-size: 26px; font-weight: 600; letter-spacing: -.02em; }
-.tile span, .tile small { color: var(--soft); display: block; font-size: 13px; }
-.card:has(table) { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; }
-th { text-align: left; font-weight: 500; color: var(--soft); white-space: nowrap; vertical-align: top; }
-td, th { padding: 7px 18px 7px 0; border-top: 1px solid var(--edge); } tr:first-child > * { border-top: 0; }
-td { white-space: pre-line; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-pre, code { font: 13px ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; } pre + pre { margin-top: 14px; }
-pre + pre { border-top: 1px solid var(--edge); padding-top: 14px; } summary { cursor: pointer; color: var(--soft); }
-"""
 
-
-def loss_plot(history: History, *, width: int = 1010, height: int = 380) -> str:
-    """Training loss, every step faint and smoothed on top, and evaluation loss."""
+def loss_plot(history: History, *, spikes: Sequence[int] = (), width: int = 1010, height: int = 380) -> str:
+    """Training loss, every step faint and smoothed on top, and evaluation loss; `spikes` are marked."""
     train = history.series("train/loss")
     averaged = history.series("eval/ema/loss")
     return line_plot(
@@ -63,6 +39,7 @@ def loss_plot(history: History, *, width: int = 1010, height: int = 380) -> str:
             Line("evaluation", history.series("eval/loss"), 1),
             Line("evaluation, averaged weights", averaged, 2),
         ],
+        marks=spikes,
         width=width,
         height=height,
     )
@@ -83,17 +60,26 @@ def _bits_plot(history: History) -> str:
     return line_plot("Evaluation, bits per byte", lines, levels=levels)
 
 
-def _plots(history: History) -> str:
+def _plots(history: History, spikes: Mapping[str, list[int]]) -> str:
     speed = history.typical("throughput/tokens_per_second")
     small = [
         _bits_plot(history),
         line_plot("Tokens per second", [Line("tokens/s", speed, 2)]),
         line_plot("Learning rate", [Line("learning rate", history.series("optim/learning_rate"), 3)]),
     ]
-    if norms := history.series("grad/norm/total"):
-        small.append(line_plot("Gradient norm", [Line("gradient norm", norms, 4)]))
-    cards = "".join(f'<div class="card">{plot}</div>' for plot in small)
-    return f'<div class="card wide">{loss_plot(history)}</div><div class="plots">{cards}</div>'
+    if norms := history.series("train/grad_norm"):
+        marks = spikes["train/grad_norm"]
+        small.append(line_plot("Gradient norm", [Line("gradient norm", norms, 4)], marks=marks))
+    if by_layer := layers_plot(history):
+        small.append(by_layer)
+    waiting = {what: history.typical(f"throughput/waiting_for_{what}") for what in WAITED_FOR}
+    if any(waiting.values()):
+        lines = [Line(f"for {WAITED_FOR[what]}", points, i) for i, (what, points) in enumerate(waiting.items())]
+        small.append(line_plot("Devices waiting, % of the time", lines, from_zero=True))
+    if memory := history.series("memory/host_rss_bytes"):
+        points = [(step, value / 1e9) for step, value in memory]
+        small.append(line_plot("Memory of the process, GB", [Line("GB", points, 5)], from_zero=True))
+    return plots([loss_plot(history, spikes=spikes["train/loss"])], small)
 
 
 def _status(facts: Mapping[str, Any]) -> str:
@@ -122,59 +108,37 @@ def _tiles(facts: Mapping[str, Any]) -> str:
     return f'<div class="tiles">{"".join(cells)}</div>'
 
 
-def _table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> str:
-    """A card with a table; without a `header` the first cell of each row is its name."""
-    head = f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in header)}</tr>" if header else ""
-    body = ""
-    for row in rows:
-        first = "td" if header else "th"
-        body += f"<tr><{first}>{escape(row[0])}</{first}>{''.join(f'<td>{escape(cell)}</td>' for cell in row[1:])}</tr>"
-    return f'<div class="card"><table>{head}{body}</table></div>'
-
-
 def _facts_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("loss", summary.loss_text(facts["loss"])),
         ("bits per byte", summary.bits_per_byte_text(facts["bits_per_byte"])),
         ("tokens/s", summary.tokens_text(facts["throughput"])),
         ("MFU", summary.mfu_text(facts)),
+        ("bound by", summary.bound_text(facts["waiting"])),
+        ("spikes", summary.spikes_text(facts["spikes"])),
     ]
     rows += [(label, clock(facts[key])) for label, key in SECONDS if facts.get(key) is not None]
     return rows + [(label, facts[key]) for label, key in PATHS if facts.get(key)]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The file's values; none where it is missing, and none with a warning where it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        log.warning("%s left out of the report: %s", path, error)
-        return {}
-
-
-def _page(name: str, history: History, facts: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def _sections(run: Record) -> list[str]:
+    history, facts = run.history, run.facts
     kernels = [tuple(kernel.values()) for kernel in facts["kernels"]]
     sections = [
-        f"<h1>{escape(name)}</h1>{_status(facts)}{_tiles(facts)}{_plots(history)}",
-        f"<h2>Run</h2>{_table(_facts_rows(facts))}",
+        f"<h1>{escape(run.name)}</h1>{_status(facts)}{_tiles(facts)}{_plots(history, facts['spikes'])}",
+        f"<h2>Run</h2>{table(_facts_rows(facts))}",
     ]
     if kernels:
-        sections.append(f"<h2>Kernels</h2>{_table(kernels, ('op', 'requested', 'used', 'refused, and why'))}")
+        sections.append(f"<h2>Kernels</h2>{table(kernels, ('op', 'requested', 'used', 'refused, and why'))}")
+    if parameters := watched_parameters(history):
+        sections.append(f"<h2>Parameters, as they were watched last</h2>{parameters}")
     if facts.get("samples"):
         samples = "".join(f"<pre>{escape(sample)}</pre>" for sample in facts["samples"])
         sections.append(f'<h2>Samples</h2><div class="card">{samples}</div>')
-    if config:
-        text = escape(json.dumps(config, indent=2))
-        sections.append(
-            f'<h2>Configuration</h2><details class="card"><summary>show</summary><pre>{text}</pre></details>'
-        )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(name)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{PAGE_STYLE}{PLOT_STYLE}</style>'
-        f"<main>{''.join(sections)}</main></html>\n"
-    )
+    if run.config:
+        config = f"<pre>{escape(json.dumps(run.config, indent=2))}</pre>"
+        sections.append(f"<h2>Configuration</h2>{folded(config)}")
+    return sections
 
 
 def write_report(run_dir: Path | str) -> Path:
@@ -183,23 +147,22 @@ def write_report(run_dir: Path | str) -> Path:
     Raises:
       FileNotFoundError: there is no metrics.jsonl.
     """
-    run_dir = Path(run_dir)
-    history = read_history(run_dir)
-    facts, ending = collect(history), _read_json(run_dir / SUMMARY_FILE)
-    if ending.get("steps") == facts["steps"]:  # else it tells of an end that the run has gone on from
-        facts = ending | facts
-    config = _read_json(run_dir / "config.json") or history.config
-    path = run_dir / REPORT_FILE
-    write_atomically(path, _page(run_dir.resolve().name, history, facts, config))
+    run, path = read_run(run_dir), Path(run_dir) / REPORT_FILE
+    write_atomically(path, page(run.name, _sections(run)))
     return path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m train.report", description="Write a run's report.html.")
-    parser.add_argument("run_dir", type=Path, help="the directory that holds metrics.jsonl")
+    parser = argparse.ArgumentParser(
+        prog="python -m train.report",
+        description="Write the report.html of a run into its directory; or compare several runs on one page.",
+    )
+    parser.add_argument("run_dir", type=Path, nargs="+", help="directories that hold metrics.jsonl")
+    parser.add_argument("--output", type=Path, default=Path("comparison.html"), help="where several are compared")
+    args = parser.parse_args()
     try:
-        print(write_report(parser.parse_args().run_dir))
-    except FileNotFoundError as error:
+        print(write_report(*args.run_dir) if len(args.run_dir) == 1 else write_comparison(args.run_dir, args.output))
+    except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from train.batches import data_offset, skipped_ranges
+from train.store_metrics import store_metrics_every
 
 # What may differ between two starts of the same run: where things are kept, and how often they are looked at.
 UNVERSIONED = (
@@ -25,6 +26,7 @@ UNVERSIONED = (
     "checkpoint",
     "eval",
     "profile",
+    "watch",
     "data.cache_dir",
     "trainer.log_every",
     "trainer.load_checkpoint",
@@ -126,7 +128,11 @@ def _say_what_changed(run: RunDir, config: Any, began: dict[str, Any]) -> None:
 
 
 def check_fit(config: Any) -> None:
-    """Raises ValueError where parts of a configuration that are right by themselves do not fit each other."""
+    """Raises ValueError where parts of a configuration that are right by themselves do not fit each other.
+
+    Or where the environment asks for something that is no number of steps.
+    """
+    store_metrics_every()
     if config.trainer.seq_len > config.model.max_seq_len:
         raise ValueError(
             f"trainer.seq_len={config.trainer.seq_len} is longer than model.max_seq_len={config.model.max_seq_len}."

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads a run's metrics back (`read_history`), and says at its end what came of it (`summarise`)."""
+"""What came of a run: as facts (`collect`), and as the text that ends it (`summarise`)."""
 
 import json
 import logging
-import math
 import textwrap
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
-from train.metrics import METRICS_FILE
+from train.history import History, read_history
+from train.metrics import spread
 from train.rundir import write_atomically
+from train.spikes import RISE
+from train.stalls import ADVICE, Shares
 
 if TYPE_CHECKING:
     from grug_kernels.dispatch import Choice
@@ -39,73 +42,39 @@ class Ending:
     samples: tuple[str, ...] = ()
 
 
-@dataclass
-class History:
-    """A metrics file, read back: `rows[step]` holds what was logged for a step, `summary` the facts about the run."""
+@dataclass(frozen=True)
+class Record:
+    """All that a run has written about itself. `config` is nested, or flat where config.json is not there."""
 
-    rows: dict[int, dict[str, Any]] = field(default_factory=dict)
-    summary: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    warm_up: set[int] = field(default_factory=set)  # rows that time a process's first window, compilation included
-    profiled: set[int] = field(default_factory=set)  # steps that were traced, which slows them down
-
-    def series(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) of a metric in order of steps, where it is a finite number."""
-        points = [(step, row[name]) for step, row in sorted(self.rows.items()) if name in row]
-        return [(step, value) for step, value in points if isinstance(value, int | float) and math.isfinite(value)]
-
-    def typical(self, name: str) -> list[tuple[int, float]]:
-        """`series` of a throughput metric, without the windows that warm up and those that were profiled."""
-        return [(step, value) for step, value in self.series(name) if step not in self.warm_up | self.profiled]
-
-    def names(self) -> list[str]:
-        return sorted({name for row in self.rows.values() for name in row})
+    name: str
+    history: History
+    facts: dict[str, Any]
+    config: dict[str, Any]
 
 
-def read_history(run_dir: Path | str) -> History:
-    """Reads `<run_dir>/metrics.jsonl`. Of a step that was logged again after a resume, the later row wins.
-
-    Rows past the step that a process resumed from belong to a future that was given up, and are dropped. Lines that
-    are no JSON (a killed process leaves half a row) are skipped, with a warning that counts them.
+def read_run(run_dir: Path | str) -> Record:
+    """From metrics.jsonl, and from config.json and summary.json where they are there.
 
     Raises:
-      FileNotFoundError: there is no metrics file.
+      FileNotFoundError: there is no metrics.jsonl.
     """
-    path = Path(run_dir) / METRICS_FILE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no {METRICS_FILE} in {str(run_dir)!r}. Expected the directory of a run, which holds one from its first"
-            " step on: pass the directory that the run printed when it started."
-        )
-    history, torn, warming_up = History(), 0, True
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            event = json.loads(line)
-            kind, metrics = event["event"], event.get("metrics", {})
-        except (ValueError, KeyError, TypeError):
-            torn += 1
-            continue
-        if kind == "hparams":
-            history.config = event["hparams"]
-        elif kind == "summary":
-            history.summary |= metrics
-            if "run/start_step" in metrics:  # a process starts or resumes
-                history.rows = {step: row for step, row in history.rows.items() if step <= metrics["run/start_step"]}
-                history.profiled = {step for step in history.profiled if step <= metrics["run/start_step"]}
-                warming_up = True
-                for stale in ("run/failed_step", "run/failure"):
-                    history.summary.pop(stale, None)
-            if "profile/first_step" in metrics:
-                history.profiled |= {*range(metrics["profile/first_step"], metrics["profile/last_step"] + 1)}
-        elif kind == "log" and event["step"] is not None:
-            step = event["step"]
-            history.rows.setdefault(step, {}).update(metrics)
-            if "throughput/duration" in metrics:
-                (history.warm_up.add if warming_up else history.warm_up.discard)(step)
-                warming_up = False
-    if torn:
-        log.warning("%s: skipped %d unreadable lines", path, torn)
-    return history
+    run_dir = Path(run_dir)
+    history = read_history(run_dir)
+    facts, ending = collect(history), _read_json(run_dir / SUMMARY_FILE)
+    if ending.get("steps") == facts["steps"]:  # else it tells of an end that the run has gone on from
+        facts = ending | facts
+    return Record(run_dir.resolve().name, history, facts, _read_json(run_dir / "config.json") or history.config)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The file's values; none where it is missing, and none with a warning where it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        log.warning("%s left out of the report: %s", path, error)
+        return {}
 
 
 def kernel_metrics(choices: Iterable["Choice"]) -> dict[str, str]:
@@ -125,6 +94,7 @@ def kernel_metrics(choices: Iterable["Choice"]) -> dict[str, str]:
 def collect(history: History) -> dict[str, Any]:
     """The facts of a run as plain values, None where they are not known: what is printed, stored and reported."""
     summary, losses = history.summary, history.series("train/loss")
+    memory = history.series("memory/host_rss_bytes")
     return {
         "steps": max(history.rows, default=0),
         "total_steps": summary.get("run/total_steps"),
@@ -136,6 +106,9 @@ def collect(history: History) -> dict[str, Any]:
             "token_unigram": summary.get(TOKEN_UNIGRAM),
         },
         "throughput": _throughput(history),
+        "waiting": _waiting(history),
+        "spikes": {metric: _spikes(history, metric) for metric in RISE},
+        "host_memory": {"first": _first(memory), "last": _last(memory)},
         "kernels": _kernels(summary),
         "device_kind": summary.get("throughput/device_kind"),
         "device_count": summary.get("throughput/device_count"),
@@ -161,6 +134,21 @@ def _last_and_best(history: History, metric: str) -> dict[str, Any] | None:
     return None
 
 
+def _waiting(history: History) -> dict[str, Any] | None:
+    """What the devices waited for, in percent of the typical windows' time."""
+    shares = [[value for _, value in history.typical(f"throughput/waiting_for_{what}")] for what in ("data", "host")]
+    if not all(shares):
+        return None
+    typical = Shares(*map(mean, shares))
+    return {"data_percent": typical.data, "host_percent": typical.host, "bound_by": typical.verdict}
+
+
+def _spikes(history: History, metric: str) -> list[int]:
+    """The steps at which spikes begin: one that lasts for some steps counts once."""
+    steps = [step for step, _ in history.series(f"{metric}_spike")]
+    return [step for before, step in pairwise([-1, *steps]) if step != before + 1]
+
+
 def _throughput(history: History) -> dict[str, Any] | None:
     """Medians over the windows that warm nothing up and were not profiled, and every number that MFU is made of."""
     windows = [value for _, value in history.typical("throughput/examples_per_second")]
@@ -174,6 +162,7 @@ def _throughput(history: History) -> dict[str, Any] | None:
         "windows": len(windows),
         "examples_per_second": examples_per_second,
         "tokens_per_second": tokens_per_second,
+        "tokens_per_second_spread": spread([value * tokens_per_second / examples_per_second for value in windows]),
         "flops_per_example": flops,
         "peak_flops_per_second": peak,
         "peak_source": summary.get("throughput/peak_source"),
@@ -219,6 +208,9 @@ def _sections(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("bits per byte", bits_per_byte_text(facts["bits_per_byte"])),
         ("tokens/s", tokens_text(facts["throughput"])),
         ("MFU", mfu_text(facts)),
+        ("bound by", bound_text(facts["waiting"])),
+        ("spikes", spikes_text(facts["spikes"])),
+        *([("host memory", memory_text(facts["host_memory"]))] if facts["host_memory"]["last"] else []),
         ("kernels", "\n".join(kernel_text(kernel) for kernel in facts["kernels"]) or "none recorded"),
         *([("profile", profile_text(facts["profile"]))] if facts["profile"] else []),
         ("compile", clock(facts["compile_seconds"]) if facts["compile_seconds"] is not None else "not measured"),
@@ -247,7 +239,36 @@ def bits_per_byte_text(bits: Mapping[str, Any]) -> str:
 def tokens_text(throughput: Mapping[str, Any] | None) -> str:
     if throughput is None:
         return "not measured: the first logged window warms up, and there was no second that was not profiled"
-    return f"{si(throughput['tokens_per_second'])}, median of {throughput['windows']} windows (the first warms up)"
+    within = throughput["tokens_per_second_spread"]
+    return (
+        f"{si(throughput['tokens_per_second'])}, median of {throughput['windows']} windows (p10 {si(within['p10'])},"
+        f" p90 {si(within['p90'])}; the first warms up)"
+    )
+
+
+def bound_text(waiting: Mapping[str, Any] | None) -> str:
+    """What held the run up, and what to do about it."""
+    if waiting is None:
+        return "not measured, as tokens/s"
+    shares = f"{waiting['data_percent']:.1f} % of the time for data, {waiting['host_percent']:.1f} % for the host"
+    if waiting["bound_by"] == "device":
+        return f"the devices, which waited {shares}"
+    return f"{waiting['bound_by']}: the devices waited {shares}\n{ADVICE[waiting['bound_by']]}"
+
+
+def spikes_text(spikes: Mapping[str, list[int]]) -> str:
+    found = [f"{metric} at step {_some(steps)}" for metric, steps in spikes.items() if steps]
+    return "; ".join(found) or "none in loss or gradient norm"
+
+
+def _some(steps: list[int]) -> str:
+    shown = ", ".join(map(str, steps[:8]))
+    return shown + (f" and {len(steps) - 8} more" if len(steps) > 8 else "")
+
+
+def memory_text(memory: Mapping[str, Any]) -> str:
+    first, last = memory["first"], memory["last"]
+    return f"{si(first['value'])}B at step {first['step']} → {si(last['value'])}B at step {last['step']}, resident"
 
 
 def mfu_text(facts: Mapping[str, Any]) -> str:

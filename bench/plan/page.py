@@ -7,8 +7,8 @@ from html import escape
 from bench.plan.candidates import Outcome
 from bench.plan.frontier import HEADER, best, frontier, rows
 from grug_kernels.chips import GIB
+from train.page import PAGE_STYLE
 from train.plot import PLOT_STYLE, Scale, tick_label
-from train.report import PAGE_STYLE
 
 WIDTH, HEIGHT = 1010, 520
 LEFT, RIGHT, TOP, BOTTOM = 74, 30, 96, 52

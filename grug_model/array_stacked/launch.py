@@ -8,9 +8,10 @@ from train.checkpoint import CheckpointConfig
 from train.config import GrugTrainerConfig
 from train.data import DataConfig
 from train.evaluate import GrugEvalConfig
-from train.metrics import TrackerConfig
 from train.optimizer import GrugOptimizerConfig
 from train.profile import ProfileConfig
+from train.tracker import TrackerConfig
+from train.watch import WatchConfig
 
 from .model import GrugModelConfig
 
@@ -29,6 +30,7 @@ class GrugBaseLaunchConfig:
     eval: GrugEvalConfig = field(default_factory=GrugEvalConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     # None: GRUG_RUN_ID, or the variant and a hash of this configuration, so that the same command goes on with its run.
     run_id: str | None = None
     # None: runs/<run_id>

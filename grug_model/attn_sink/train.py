@@ -17,7 +17,7 @@ from grug_kernels.attention import AttentionMask
 from train import lev
 from train.batches import say_if_data_moved
 from train.checkpoint import Checkpoints, restore_latest_or_initialize
-from train.compiled import compile_step, keep_compiled_programs, peak_of_device
+from train.compiled import compile_step, compile_watched_step, keep_compiled_programs, peak_of_device
 from train.config import GrugTrainerConfig
 from train.data import (
     PreparedData,
@@ -30,7 +30,7 @@ from train.data import (
 from train.evaluate import GrugEvalConfig, build_tagged_evaluator
 from train.harness import Harness, build_harness
 from train.mesh import create_mesh
-from train.metrics import Meter, RunTracker, start_tracker
+from train.metrics import Meter
 from train.mixture import mixture_metrics, mixture_news
 from train.offload import check_offload, in_parts, placed, shapes_of, to_device
 from train.optimizer import Optimizer, hyperparameters
@@ -39,6 +39,9 @@ from train.profile import Profile
 from train.progress import Progress, phase
 from train.rundir import as_dict, check_fit, check_vocab_size, open_run
 from train.sample import sample
+from train.tracker import RunTracker, start_tracker
+from train.tree_stats import watched
+from train.watch import WatchConfig
 
 from .model import GrugModelConfig, GrugModelParameters, Transformer, matrix_axes
 
@@ -76,7 +79,7 @@ def mask_of(batch: Any) -> AttentionMask:
     return AttentionMask(causal=True, segment_ids=batch.attn_mask.segment_ids[0])
 
 
-def make_train_step(optimizer: Optimizer, trainer: GrugTrainerConfig):
+def make_train_step(optimizer: Optimizer, trainer: GrugTrainerConfig, watch: WatchConfig | None = None):
     """train_step(state, batch) -> (state, metrics); batch has tokens, loss_weight, attn_mask (a GrugLmExample)."""
 
     @partial(jax.jit, donate_argnums=0)  # the old state's memory becomes the new state's
@@ -107,6 +110,7 @@ def make_train_step(optimizer: Optimizer, trainer: GrugTrainerConfig):
             "train/grad_norm": grad_norm,
             "train/update_norm": optax.global_norm(updates),
             **hyperparameters(opt_state),
+            **watched(watch, grads=grads, params=params, updates=updates, opt_state=opt_state),
         }
         step = state.step + 1
         return GrugTrainState(step, params, opt_state, ema_params, state.training_key), metrics
@@ -219,16 +223,18 @@ def train(
         return {**({"eval": evaluate} if on_text else {}), **({"lm_eval": harness} if on_tasks else {})}
 
     with iter_from_step(loader, start) as batches, Progress(trainer.steps, start) as bar:
+        meter.tell = bar.say
         first = next(batches)
         train_step = make_train_step(optimizer, trainer)
         train_step = compile_step(train_step, state, first, tracker, require_kernels=trainer.require_kernels)
+        watched_step = compile_watched_step(partial(make_train_step, optimizer, trainer), config.watch, state, first)
         batches = chain([first], batches)
         if start and (due := evaluators(start)):  # perhaps not yet: it may have been stopped after the save
             tracker.log(evaluations(state, due, config.eval), step=start)
         for step in profile.steps(range(start + 1, trainer.steps + 1), meter, bar.say):
             with meter.loading():
                 batch = next(batches)
-            state, metrics = train_step(state, batch)
+            state, metrics = (watched_step if config.watch.is_due(step) else train_step)(state, batch)
             meter.step(step, metrics)
             bar.update(step, meter.last)
             with meter.hooks():

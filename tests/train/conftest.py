@@ -6,6 +6,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from tests.train import tiny
+from tests.train.simulated import Device
+from train import metrics
 from train.data import DataConfig, prepare
 
 _MIN_SECONDS = "jax_persistent_cache_min_compile_time_secs"
@@ -45,3 +47,11 @@ def folder(tmp_path_factory, grug_cache, compiled_programs):
         for name in ("GRUG_RUN_ID", "FERRY_DATE", "WANDB_API_KEY"):
             patch.delenv(name, raising=False)
         yield here
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """What runs the steps that a meter measures; its clock is the meter's."""
+    device = Device(seconds=10.0)
+    monkeypatch.setattr(metrics, "perf_counter", device.clock)
+    return device

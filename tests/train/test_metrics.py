@@ -1,86 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The meter against a simulated device and clock; the trackers against the files they write."""
+"""The meter against a simulated device and clock."""
 
-import json
-import logging
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from grug_kernels.mfu import TokenFlops
-from train import lev, metrics
-from train.metrics import METRICS_FILE, Meter, NonFiniteLossError, TrackerConfig, start_tracker
-
-PEAK = SimpleNamespace(flops_per_second=1e6, source="a table", is_measured=False)
-BATCH, SEQ = 8, 16
-FLOPS = TokenFlops(projections=10, attention=6, softmax=2, attention_causal=2, mlp=8, head=4, recompute=5)
-
-
-class Rows:
-    """Stands in for a RunTracker."""
-
-    def __init__(self):
-        self.rows, self.summary = [], {}
-
-    def log(self, row, *, step):
-        self.rows.append((step, dict(row)))
-
-    def log_summary(self, values):
-        self.summary |= values
-
-    def series(self, name):
-        return {step: row[name] for step, row in self.rows if name in row}
-
-
-class Device:
-    """Runs one step after the other, `seconds` each, while the host goes on; `now` is the host's clock."""
-
-    def __init__(self, seconds):
-        self.seconds, self.now, self.free_at, self.fetched = seconds, 0.0, 0.0, 0
-
-    def clock(self):
-        return self.now
-
-    def dispatch(self, value):
-        self.free_at = max(self.now, self.free_at) + self.seconds
-        return OnDevice(self, self.free_at, value)
-
-
-class OnDevice:
-    """A scalar that is not there yet: looking at it takes the clock to the moment when it is."""
-
-    def __init__(self, device, ready_at, value):
-        self.device, self.ready_at, self.value = device, ready_at, value
-
-    def __array__(self, dtype=None, copy=None):
-        self.device.fetched += 1
-        self.device.now = max(self.device.now, self.ready_at)
-        return np.asarray(self.value, dtype)
-
-
-@pytest.fixture
-def device(monkeypatch):
-    device = Device(seconds=10.0)
-    monkeypatch.setattr(metrics, "perf_counter", device.clock)
-    return device
-
-
-def new_meter(**changes):
-    given = {"total_steps": 40, "batch_size": BATCH, "seq_len": SEQ, "flops": FLOPS, "peak": PEAK} | changes
-    tracker = Rows()
-    return tracker, Meter(tracker, **given)
-
-
-def train(meter, device, steps, *, loading=0.0, hooks=0.0, losses=lambda step: 2.0):
-    for step in steps:
-        with meter.loading():
-            device.now += loading
-        meter.step(step, {"train/loss": device.dispatch(losses(step)), "optim/learning_rate": np.float32(0.5)})
-        with meter.hooks():
-            device.now += hooks
+from tests.train.simulated import BATCH, FLOPS, SEQ, new_meter, train
+from train.metrics import NonFiniteLossError
 
 
 def test_every_step_has_one_row_with_its_metrics(device):
@@ -222,123 +150,17 @@ def test_log_every_is_at_least_one(device):
         new_meter(log_every=0)
 
 
-# Trackers
-
-
-@pytest.fixture
-def no_account(monkeypatch):
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WANDB_DIR", "unused")  # and restored afterwards: start_tracker sets it
-
-
-class FakeWandb:
-    """Stands in for levanter's WandbConfig: opening a real run takes an account."""
-
-    opened: list = []  # noqa: RUF012, emptied by the fixture
-    error: Exception | None = None
-
-    def __init__(self, **fields):
-        self.fields = fields
-
-    def init(self, run_id):
-        if FakeWandb.error:
-            raise FakeWandb.error
-        FakeWandb.opened.append((run_id, self.fields))
-        from levanter.tracker import NoopTracker
-
-        return NoopTracker()
-
-
-@pytest.fixture
-def fake_wandb(monkeypatch, no_account):
-    monkeypatch.setitem(vars(lev), "WandbConfig", FakeWandb)
-    monkeypatch.setattr(FakeWandb, "opened", [])
-    monkeypatch.setattr(FakeWandb, "error", None)
-    return FakeWandb
-
-
-def events(run_dir):
-    return [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
-
-
-def test_rows_are_on_disk_as_soon_as_they_are_logged(tmp_path, no_account, capfd):
-    run_dir = tmp_path / "runs" / "first"
-    with start_tracker(run_dir, "first", {"model": {"hidden_dim": 64, "rope": None}}) as tracker:
-        tracker.log({"train/loss": np.float32(2.5), "global_step": 1}, step=1)
-        tracker.log_summary({"compile/seconds": 3.0})
-        written = events(run_dir)
-    assert written[0]["hparams"] == {"model.hidden_dim": 64, "model.rope": "None"}
-    assert written[1]["metrics"] == {"train/loss": 2.5, "global_step": 1}
-    assert written[1]["step"] == 1
-    assert written[2]["metrics"] == {"compile/seconds": 3.0}
-    tracker.finish()
-    assert [event["event"] for event in events(run_dir)] == ["hparams", "log", "summary", "finish"]
-    assert capfd.readouterr() == ("", "")
-
-
-def test_a_resumed_run_appends_and_cuts_off_half_a_row(tmp_path, no_account, caplog):
-    """A row appended to the half row of a killed process would make both unreadable."""
-    with start_tracker(tmp_path, "run", {}) as tracker:
-        tracker.log({"train/loss": 1.0}, step=1)
-    with open(tmp_path / METRICS_FILE, "a") as file:
-        file.write('{"event": "log", "st')
-    with start_tracker(tmp_path, "run", {}) as tracker:
-        tracker.log({"train/loss": 2.0}, step=2)
-    assert [event["step"] for event in events(tmp_path) if event["event"] == "log"] == [1, 2]
-    assert "cutting off an unfinished last row of 20 bytes" in caplog.text
-
-
-def test_wandb_is_used_where_there_is_an_account(tmp_path, fake_wandb, monkeypatch):
-    start_tracker(tmp_path, "run", {}).finish()
-    assert fake_wandb.opened == []
-    monkeypatch.setenv("WANDB_API_KEY", "secret")
-    start_tracker(tmp_path, "run", {}, TrackerConfig(wandb="off")).finish()
-    assert fake_wandb.opened == []
-    start_tracker(tmp_path, "run", {}).finish()
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    start_tracker(tmp_path, "run", {}).finish()
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    start_tracker(tmp_path, "run", {}).finish()
-    assert [(run_id, fields["mode"]) for run_id, fields in fake_wandb.opened] == [("run", "online"), ("run", "offline")]
-
-
-def test_wandb_by_name_needs_an_account(tmp_path, fake_wandb, monkeypatch):
-    with pytest.raises(ValueError, match=r"WANDB_API_KEY is not set. Set it, or WANDB_MODE=offline"):
-        start_tracker(tmp_path, "run", {}, TrackerConfig(wandb="on"))
-    assert not (tmp_path / METRICS_FILE).exists()
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    start_tracker(tmp_path, "run", {}, TrackerConfig(wandb="on")).finish()
-    assert len(fake_wandb.opened) == 1
-
-
-def test_wandb_that_does_not_start_stops_only_a_run_that_named_it(tmp_path, fake_wandb, monkeypatch, caplog):
-    monkeypatch.setenv("WANDB_API_KEY", "secret")
-    monkeypatch.setattr(FakeWandb, "error", RuntimeError("no route"))
-    with start_tracker(tmp_path, "run", {}) as tracker:
-        tracker.log({"train/loss": 1.0}, step=1)
-    assert (
-        "W&B did not start, training goes on without it (--tracker.wandb on makes this fail): no route" in caplog.text
-    )
-    assert events(tmp_path)[1]["metrics"] == {"train/loss": 1.0}
-    with pytest.raises(RuntimeError, match="no route"):
-        start_tracker(tmp_path, "run", {}, TrackerConfig(wandb="on"))
-
-
-def test_tensorboard_says_what_to_install(tmp_path, no_account, monkeypatch):
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"tensorboardX is not installed. Run `uv sync --extra prof`"):
-        start_tracker(tmp_path, "run", {}, TrackerConfig(tensorboard=True))
-
-
-def test_a_member_that_fails_is_heard_and_does_not_stop_the_others(tmp_path, no_account, caplog):
-    tracker = start_tracker(tmp_path, "run", {})
-    tracker.members.loggers.insert(0, SimpleNamespace(name="broken", finish=lambda: None))
-    with caplog.at_level(logging.ERROR):
-        tracker.log({"train/loss": 1.0}, step=1)
-    tracker.finish()
-    assert "'broken' raised during log" in caplog.text
-    assert events(tmp_path)[1]["metrics"] == {"train/loss": 1.0}
+def test_median_and_deciles_are_logged_at_the_last_step(device):
+    tracker, meter = new_meter(total_steps=60, log_every=10)
+    for step in range(1, 61):
+        device.seconds = {10: 99.0}.get(10 * ((step + 9) // 10), 1.0 + (step - 11) // 10)
+        train(meter, device, [step])
+    of_windows = [tracker.series("throughput/duration")[step] for step in (20, 30, 40, 50, 60)]
+    assert of_windows == [pytest.approx(1.0 + i) for i in range(5)]
+    summary = tracker.summary
+    named = [summary[f"throughput/{which}_duration"] for which in ("p10", "p50", "p90")]
+    assert named == [pytest.approx(value) for value in (1.4, 3.0, 4.6)]
+    assert summary["throughput/p50_tokens_per_second"] == pytest.approx(BATCH * SEQ / 3)
 
 
 def test_these_modules_import_neither_jax_nor_levanter():

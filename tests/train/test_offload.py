@@ -22,10 +22,10 @@ from tests.train.tiny import STEPS, arrays_of, run_tiny
 from train.checkpoint import CheckpointConfig, Checkpoints, restore_latest_or_initialize
 from train.config import GrugTrainerConfig
 from train.evaluate import GrugEvalConfig
+from train.history import read_history
 from train.mesh import create_mesh
 from train.offload import check_offload, in_parts, placed, shapes_of
 from train.optimizer import GrugOptimizerConfig
-from train.summary import read_history
 
 MIB = 2**20
 

@@ -12,8 +12,8 @@ from jax.profiler import ProfileData
 from xprof.convert.raw_to_tool_data import xspace_to_tool_data, xspace_to_tool_names
 
 from tests.train.tiny import Ended, flags, run, run_tiny
+from train.history import read_history
 from train.profile import Profile, ProfileConfig
-from train.summary import read_history
 
 KERNELS = ("attention_forward", "attention_backward", "cross_entropy_with_gradients", "stacked_layers", "optimizer")
 

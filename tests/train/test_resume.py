@@ -17,8 +17,8 @@ from bench.faults.disk import disk, fill
 from tests.train.tiny import STEPS, arrays_of, flags, run, saved_steps, spoil
 from train.checkpoint_read import verify
 from train.evaluate import Evaluator
+from train.history import read_history
 from train.metrics import Meter
-from train.summary import read_history
 
 ROOT = Path(__file__).parents[2]
 KILLS = 3

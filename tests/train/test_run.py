@@ -13,9 +13,9 @@ import pytest
 
 from tests.train.tiny import FLAGS, STEPS, Ended, arrays_of, run, run_tiny, saved_steps
 from train.evaluate_saved import main as evaluate
+from train.history import History, read_history
 from train.sample import sample
 from train.saved import open_saved
-from train.summary import History, read_history
 
 BATCH, SEQ_LEN = FLAGS["--trainer.batch-size"], FLAGS["--trainer.seq-len"]
 
