@@ -18,6 +18,7 @@ from unittest import mock
 
 from train import lev
 from train.data import BATCH_AXES, DataConfig, PreparedData, build_validation_sets, check_batch_size
+from train.stall import beating
 
 if TYPE_CHECKING:
     from jax import Array
@@ -85,6 +86,7 @@ class Evaluator:
                 # Levanter does not close what it reads from. Where an evaluation fails or is interrupted, the reading
                 # thread would live on, and abort the interpreter at exit (code 134).
                 stack.callback(batches.items.close)
+                batches.items = beating(batches.items)
                 return batches
 
             stack.enter_context(mock.patch.object(sys.modules[type(evaluator).__module__], "tqdm", without_bar))

@@ -208,6 +208,8 @@ class Meter:
         if log_every < 1:
             raise ValueError(f"Meter: log_every={log_every}, expected at least 1 step between log rows.")
         self.last: dict[str, float] = {}  # the newest logged row, for the progress bar
+        self.doing = "stepping"  # or loading, waiting, hooks; where an error came out of one of these, that one
+        self._times = 0  # that it has begun something else
         self._tracker, self._total_steps, self._log_every = tracker, total_steps, log_every
         self._batch_size, self._seq_len, self._flops = batch_size, seq_len, flops
         self._peak_flops = peak.flops_per_second * jax.device_count() if peak else None
@@ -218,12 +220,28 @@ class Meter:
         tracker.log_summary({"run/start_step": start_step, "run/total_steps": total_steps})
         tracker.log_summary(_constants(flops, seq_len, peak))
 
+    @property
+    def newest_step(self) -> int:
+        """The newest step that was dispatched."""
+        return self._newest_step
+
+    def newest_good_step(self) -> int:
+        """The newest step before the first that failed on the devices; waits for those in flight."""
+        import jax
+
+        for step, metrics in self._pending:
+            try:
+                jax.block_until_ready(metrics)
+            except Exception:  # whatever the step failed with
+                return step - 1
+        return self._newest_step
+
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
         """Around waiting for the next batch."""
         start = perf_counter()
         try:
-            with _named("loading"):
+            with self._doing("loading"):
                 yield
         finally:
             self._loading_seconds += perf_counter() - start
@@ -234,7 +252,7 @@ class Meter:
         """Around everything that is done after a step: evaluation, checkpoints, logging."""
         self._hooks_mark = perf_counter()
         try:
-            with _named("hooks"):
+            with self._doing("hooks"):
                 yield
         finally:
             # A flush inside moves the mark: waiting for the devices is no hook's time, and no second counts twice.
@@ -272,7 +290,7 @@ class Meter:
         import jax
 
         steps = [step for step, _ in self._pending]
-        with _named("waiting"):
+        with self._doing("waiting"):
             # On all devices: to read a number, one that has it would do, while the others are still at work.
             values = jax.device_get(jax.block_until_ready([metrics for _, metrics in self._pending]))
         seconds = perf_counter() - self._window_start
@@ -285,6 +303,26 @@ class Meter:
                 self._check(step, row)
                 self._tracker.log(row, step=step)
             self.last = rows[-1]
+
+    def steps_in_flight(self) -> range:
+        """Steps that were dispatched and are not known to be complete. Without waiting, and from any thread."""
+        pending = [step for step, metrics in list(self._pending) if not metrics["train/loss"].is_ready()]
+        return range(min(pending, default=self._newest_step + 1), self._newest_step + 1)
+
+    def progress(self) -> tuple[int, int]:
+        """Changes as long as the loop goes round or steps complete. From any thread."""
+        return self._times, self.steps_in_flight().start
+
+    @contextlib.contextmanager
+    def _doing(self, name: str) -> Iterator[None]:
+        """The time inside carries `name` where a trace is being made, and where a failure is looked into."""
+        import jax
+
+        before, self.doing = self.doing, name
+        self._times += 1
+        with jax.profiler.TraceAnnotation(name):
+            yield
+        self.doing = before  # not after an error: it tells where the error came from
 
     def _start_window_if_idle(self) -> None:
         if not self._pending:
@@ -322,13 +360,6 @@ class Meter:
                 error = NonFiniteLossError(step, row[metric], batch_size=self._batch_size, metric=metric)
                 self._tracker.log_summary({"run/failed_step": step, "run/failure": str(error)})
                 raise error
-
-
-def _named(name: str) -> contextlib.AbstractContextManager[Any]:
-    """The time inside carries `name` where a trace is being made."""
-    import jax
-
-    return jax.profiler.TraceAnnotation(name)
 
 
 def _constants(flops: TokenFlops, seq_len: int, peak: "Peak | None") -> dict[str, Any]:

@@ -28,6 +28,7 @@ from train.data import (
     prepare,
 )
 from train.evaluate import GrugEvalConfig, build_tagged_evaluator
+from train.failure_bundle import Evidence, Loop
 from train.mesh import create_mesh
 from train.metrics import Meter, RunTracker, start_tracker
 from train.offload import check_offload, in_parts, placed, shapes_of, to_device
@@ -74,17 +75,17 @@ def mask_of(batch: Any) -> AttentionMask:
     return AttentionMask(causal=True, segment_ids=batch.attn_mask.segment_ids[0])
 
 
+def training_loss(params: GrugModelParameters, batch: Any, trainer: GrugTrainerConfig):
+    """The mean over the batch, and its parts. batch has tokens, loss_weight, attn_mask (a GrugLmExample)."""
+    return params.next_token_loss(batch.tokens, batch.loss_weight, mask_of(batch), z_loss_weight=trainer.z_loss_weight)
+
+
 def make_train_step(optimizer: Optimizer, trainer: GrugTrainerConfig):
-    """train_step(state, batch) -> (state, metrics); batch has tokens, loss_weight, attn_mask (a GrugLmExample)."""
+    """train_step(state, batch) -> (state, metrics); batch as for `training_loss`."""
 
     @partial(jax.jit, donate_argnums=0)  # the old state's memory becomes the new state's
     def train_step(state: GrugTrainState, batch: Any) -> tuple[GrugTrainState, dict[str, Array]]:
-        def loss_fn(params):
-            return params.next_token_loss(
-                batch.tokens, batch.loss_weight, mask_of(batch), z_loss_weight=trainer.z_loss_weight
-            )
-
-        (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        (loss, parts), grads = jax.value_and_grad(training_loss, has_aux=True)(state.params, batch, trainer)
         grad_norm = optax.global_norm(grads)
 
         def update(grads, params, opt_state, ema_params):  # every parameter by itself
@@ -161,13 +162,14 @@ def run_grug(variant: str, config: "GrugBaseLaunchConfig") -> None:
         run.write_config(config)
         with (
             start_tracker(run.path, run.run_id, as_dict(config), config.tracker) as tracker,
-            advice_on_failure(run),
+            advice_on_failure(run, config, init, tracker) as evidence,
             Profile(config.profile, run.profiler, tracker) as profile,
         ):
             checkpoints = Checkpoints(
                 run.checkpoints, config.checkpoint, metadata=run.describe(trainer.batch_size), resumed=resumed
             )
-            state = train(config, data, optimizer, mesh, state, tracker, checkpoints, profile)
+            evidence.wait_for_saves = checkpoints.wait
+            state = train(config, data, optimizer, mesh, state, tracker, checkpoints, profile, evidence)
 
             def logits(params, tokens):
                 return params.logits(tokens, AttentionMask(causal=True))
@@ -185,6 +187,7 @@ def train(
     tracker: RunTracker,
     checkpoints: Checkpoints,
     profile: Profile,
+    evidence: Evidence,
 ) -> GrugTrainState:
     """Every step from `state` to the last one: load, step, log, sometimes save, sometimes evaluate."""
     trainer, batch_size, seq_len = config.trainer, config.trainer.batch_size, config.trainer.seq_len
@@ -212,12 +215,15 @@ def train(
         train_step = make_train_step(optimizer, trainer)
         train_step = compile_step(train_step, state, first, tracker, require_kernels=trainer.require_kernels)
         batches = chain([first], batches)
+        loss = partial(training_loss, trainer=trainer)
+        evidence.loop = Loop(meter, loader, train_step, loss, data.tokenizer_dir)
         if start and is_evaluated(start):  # perhaps not yet: the run may have been stopped between save and evaluation
             tracker.log(evaluations(state, evaluate, config.eval), step=start)
         for step in profile.steps(range(start + 1, trainer.steps + 1), meter, bar.say):
             with meter.loading():
                 batch = next(batches)
             state, metrics = train_step(state, batch)
+            evidence.state = state
             meter.step(step, metrics)
             bar.update(step, meter.last)
             with meter.hooks():
