@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 
-from train.run import explains_itself
+from train.failure import explains_itself
 from train.rundir import say
 
 

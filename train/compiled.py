@@ -37,6 +37,9 @@ def compile_step(train_step: Any, state: Any, batch: Any, tracker: RunTracker, *
     with phase("compiling the training step"), dispatch.recording() as choices:
         start = perf_counter()
         lowered = train_step.lower(state, batch)
+        tracker.log_summary(
+            kernel_metrics(choices)
+        )  # now: of a program that does not compile it is what one asks first
         fallbacks = [f"{choice.op}: {why}" for choice in choices for _, why in choice.refusals]
         if require_kernels and fallbacks:
             raise dispatch.UnsupportedError(
@@ -47,8 +50,7 @@ def compile_step(train_step: Any, state: Any, batch: Any, tracker: RunTracker, *
     memory = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     tracker.log_summary(
-        kernel_metrics(choices)
-        | {
+        {
             "compile/seconds": perf_counter() - start,
             "memory/arguments_bytes": memory.argument_size_in_bytes,
             # Not temp_size_in_bytes: on a TPU it counts gaps twice and what is donated once more.

@@ -34,6 +34,9 @@ class GrugTrainerConfig:
     load_checkpoint_path: str | None = None
     # Peak TFLOP/s of one device, for MFU, where this project does not know the device.
     peak_tflops: Annotated[float | None, tyro.conf.arg(aliases=["--peak-tflops"])] = None
+    # Minutes without a step, an evaluated batch or a byte of a checkpoint, after which the run ends with exit code 7,
+    # to be started again. None: never, as under a debugger.
+    stall_minutes: float | None = 30.0
     # A kernel that refuses and is replaced by a slower one is an error, not a warning.
     require_kernels: Annotated[bool, tyro.conf.arg(aliases=["--require-kernels"])] = False
 
@@ -41,6 +44,10 @@ class GrugTrainerConfig:
         for name in ("steps", "batch_size", "seq_len", "model_axis", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"GrugTrainerConfig: {name}={getattr(self, name)}; it is at least 1.")
+        if self.stall_minutes is not None and self.stall_minutes <= 0:
+            raise ValueError(
+                f"GrugTrainerConfig: stall_minutes={self.stall_minutes} is not positive; choose None for no watch."
+            )
         if self.ema_beta is not None and not 0 < self.ema_beta < 1:
             raise ValueError(
                 f"GrugTrainerConfig: ema_beta={self.ema_beta}; choose between 0 and 1, or None for no average."

@@ -22,6 +22,7 @@ from unittest import mock
 from train import lev
 from train.data import BATCH_AXES, DataConfig, PreparedData, build_validation_sets, check_batch_size
 from train.harness import HarnessConfig
+from train.stall import beating
 
 if TYPE_CHECKING:
     from jax import Array
@@ -109,6 +110,7 @@ class Evaluator:
                 # Levanter does not close what it reads from. Where an evaluation fails or is interrupted, the reading
                 # thread would live on, and abort the interpreter at exit (code 134).
                 stack.callback(batches.items.close)
+                batches.items = beating(batches.items)
                 return batches if progress is None else _counted(batches, self._num_batches, progress)
 
             stack.enter_context(mock.patch.object(sys.modules[type(evaluator).__module__], "tqdm", without_bar))

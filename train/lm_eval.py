@@ -17,8 +17,8 @@ from typing import Literal
 
 import tyro
 
+from train.failure import explains_itself
 from train.harness import HarnessConfig, build_harness, check_installed, metrics_of
-from train.run import explains_itself
 from train.rundir import say, write_atomically
 
 

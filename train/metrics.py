@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from grug_kernels.mfu import TokenFlops, utilisation
+from train.batches import Skipped, batch_number
 from train.rundir import say
 from train.spikes import RISE, Spikes
 from train.stalls import Activity, Stalls
@@ -33,15 +34,16 @@ SPREAD = ("duration", "tokens_per_second", "mfu")
 
 
 class NonFiniteLossError(FloatingPointError):
-    """A loss or gradient norm was NaN or infinite at `step` (counted from 1, completed)."""
+    """A loss or gradient norm was NaN or infinite at `step` (counted from 1, completed), of batch number `batch`."""
 
-    def __init__(self, step: int, value: float, *, batch_size: int, metric: str = "train/loss"):
-        self.step, self.value, self.metric = step, value, metric
-        self.first_example, self.last_example = (step - 1) * batch_size, step * batch_size - 1
+    def __init__(self, step: int, value: float, *, batch: int, batch_size: int, metric: str = "train/loss"):
+        self.step, self.value, self.metric, self.batch = step, value, metric, batch
+        self.first_example, self.last_example = batch * batch_size, (batch + 1) * batch_size - 1
         super().__init__(
-            f"{metric} is {value} at step {step}, expected a finite number. The batch of that step holds examples"
+            f"{metric} is {value} at step {step}, expected a finite number. Its batch, number {batch}, holds examples"
             f" {self.first_example} to {self.last_example} of the training data, counted from 0. The rows before it are"
-            " logged. Look at those examples, or go on from a checkpoint before that step with a lower learning rate."
+            " logged. Look at those examples; then leave the batch out (data.skip_batches), or go on from a checkpoint"
+            " before that step with a lower learning rate."
         )
 
 
@@ -63,7 +65,7 @@ class Meter:
     Args:
       batch_size: sequences per step, over all devices.   flops: of one token, `flops_per_token(seq_len)` of the model.
       peak: of one device; None where nobody knows it: then there is no throughput/mfu, and a warning says so.
-      start_step: completed steps that this process found done.
+      start_step: completed steps that this process found done.   skipped: batches that no step is trained on.
     """
 
     def __init__(
@@ -77,14 +79,18 @@ class Meter:
         peak: "Peak | None",
         log_every: int = 10,
         start_step: int = 0,
+        skipped: Skipped = (),
     ):
         import jax
 
         if log_every < 1:
             raise ValueError(f"Meter: log_every={log_every}, expected at least 1 step between log rows.")
         self.last: dict[str, float] = {}  # the newest logged row, for the progress bar
+        self.doing = "stepping"  # or loading, waiting, hooks; where an error came out of one of these, that one
+        self._times = 0  # that it has begun something else
         self._tracker, self._total_steps, self._log_every = tracker, total_steps, log_every
         self._batch_size, self._seq_len, self._flops = batch_size, seq_len, flops
+        self._skipped = skipped
         self._peak_flops = peak.flops_per_second * jax.device_count() if peak else None
         self._pending: list[tuple[int, Mapping[str, Any]]] = []
         self._newest_step = start_step
@@ -101,6 +107,22 @@ class Meter:
         tracker.log_summary({"run/start_step": start_step, "run/total_steps": total_steps})
         tracker.log_summary(_constants(flops, seq_len, peak))
 
+    @property
+    def newest_step(self) -> int:
+        """The newest step that was dispatched."""
+        return self._newest_step
+
+    def newest_good_step(self) -> int:
+        """The newest step before the first that failed on the devices; waits for those in flight."""
+        import jax
+
+        for step, metrics in self._pending:
+            try:
+                jax.block_until_ready(metrics)
+            except Exception:  # whatever the step failed with
+                return step - 1
+        return self._newest_step
+
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
         """Around waiting for the next batch."""
@@ -108,7 +130,7 @@ class Meter:
         self._stalls.begin()
         self._stalls.cut("host")
         try:
-            with _named("loading"):
+            with self._doing("loading"):
                 yield
         finally:
             self._stalls.cut("data")
@@ -127,7 +149,7 @@ class Meter:
         self._stalls.cut(self._activity)
         outer, self._activity = self._activity, activity
         try:
-            with _named("hooks"):
+            with self._doing("hooks"):
                 yield
         finally:
             self._stalls.cut(activity)
@@ -169,7 +191,7 @@ class Meter:
 
         self._stalls.cut(self._activity)
         steps = [step for step, _ in self._pending]
-        with _named("waiting"):
+        with self._doing("waiting"):
             # On all devices: to read a number, one that has it would do, while the others are still at work.
             values = jax.device_get(jax.block_until_ready([metrics for _, metrics in self._pending]))
         seconds = perf_counter() - self._window_start
@@ -184,6 +206,26 @@ class Meter:
                 self._tracker.log(row | self._spikes_in(step, row), step=step)
             self.last = rows[-1]
             self._log_spread(steps[-1])
+
+    def steps_in_flight(self) -> range:
+        """Steps that were dispatched and are not known to be complete. Without waiting, and from any thread."""
+        pending = [step for step, metrics in list(self._pending) if not metrics["train/loss"].is_ready()]
+        return range(min(pending, default=self._newest_step + 1), self._newest_step + 1)
+
+    def progress(self) -> tuple[int, int]:
+        """Changes as long as the loop goes round or steps complete. From any thread."""
+        return self._times, self.steps_in_flight().start
+
+    @contextlib.contextmanager
+    def _doing(self, name: str) -> Iterator[None]:
+        """The time inside carries `name` where a trace is being made, and where a failure is looked into."""
+        import jax
+
+        before, self.doing = self.doing, name
+        self._times += 1
+        with jax.profiler.TraceAnnotation(name):
+            yield
+        self.doing = before  # not after an error: it tells where the error came from
 
     def _start_window_if_idle(self) -> None:
         if not self._pending:
@@ -234,8 +276,9 @@ class Meter:
             if spikes.metric in row and (spike := spikes.look(row[spikes.metric])):
                 found[f"{spikes.metric}_spike"], sentence = spike
                 if sentence:
-                    first = (step - 1) * self._batch_size
-                    examples = f"examples {first} to {first + self._batch_size - 1}, batch {step - 1} counted from 0"
+                    batch = batch_number(step, self._skipped)
+                    first = batch * self._batch_size
+                    examples = f"examples {first} to {first + self._batch_size - 1}, batch {batch} counted from 0"
                     self.tell(f"spike at step {step} ({examples}): {sentence}")
         return found
 
@@ -253,7 +296,8 @@ class Meter:
     def _check(self, step: int, row: Mapping[str, Any]) -> None:
         for metric in MUST_BE_FINITE:
             if not math.isfinite(row.get(metric, 0.0)):
-                error = NonFiniteLossError(step, row[metric], batch_size=self._batch_size, metric=metric)
+                batch = batch_number(step, self._skipped)
+                error = NonFiniteLossError(step, row[metric], batch=batch, batch_size=self._batch_size, metric=metric)
                 self._tracker.log_summary({"run/failed_step": step, "run/failure": str(error)})
                 raise error
 
@@ -288,13 +332,6 @@ def _number(value: Any) -> Any:
 def _is_ready(value: Any) -> bool:
     """Whether a device scalar is there; a plain number is."""
     return value.is_ready() if hasattr(value, "is_ready") else True
-
-
-def _named(name: str) -> contextlib.AbstractContextManager[Any]:
-    """The time inside carries `name` where a trace is being made."""
-    import jax
-
-    return jax.profiler.TraceAnnotation(name)
 
 
 def _constants(flops: TokenFlops, seq_len: int, peak: "Peak | None") -> dict[str, Any]:

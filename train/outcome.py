@@ -1,46 +1,103 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a run ends: with a summary, samples and a report, or with what is saved and how to go on."""
 
+import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
-from train.checkpoint_files import DISK_ERRORS, find_complete
+from train import failure_bundle
+from train.checkpoint_files import DISK_ERRORS, find_complete, first_line
 from train.checkpoint_io import CheckpointWriteError
-from train.metrics import NonFiniteLossError
+from train.failure import ERROR, NON_FINITE, STALL, Kind, kind_of
 from train.progress import phase
 from train.report import write_report
 from train.rundir import RunDir, say
+from train.stall import Watchdog
 from train.stopping import Stopped
 from train.summary import BYTE_UNIGRAM, SUMMARY_FILE, TOKEN_UNIGRAM, Ending, summarise
+from train.tracker import RunTracker
+
+CANNOT_SAVE = 4  # the exit code
 
 
 @contextmanager
-def advice_on_failure(run: RunDir) -> Iterator[None]:
-    """Inside, a loss that is not finite, a disk that cannot be written, or a signal ends the program with advice.
+def advice_on_failure(
+    run: RunDir, config: Any, init: Callable[[], Any], tracker: RunTracker
+) -> Iterator[failure_bundle.Evidence]:
+    """Inside, what goes wrong ends the program with advice, and what has to be looked into with a bundle.
 
-    The exit codes are 3, 4, and 143 for SIGTERM or 130 for Ctrl-C.
+    Yields what the loop tells of itself for the bundle. A run that no longer moves is ended from within, by another
+    thread. Exit codes are in docs/recipes/when-a-run-fails.md.
+
+    init: makes the state that the run began with.
     """
+    evidence = failure_bundle.Evidence(run, config, init)
+    watchdog = Watchdog(config.trainer.stall_minutes, evidence.progress, lambda: _stalled(evidence, tracker))
+    with watchdog, _whole_tracebacks():
+        try:
+            yield evidence
+        except KeyboardInterrupt as stop:
+            saved = isinstance(stop, Stopped) and stop.path
+            say(f"\n{stop}" if saved else f"\nstopped. Newest checkpoint: {newest_checkpoint(run)}")
+            say(f"go on with: {run.resume_command}")
+            raise
+        except Exception as error:
+            if isinstance(error, CheckpointWriteError) or (isinstance(error, OSError) and error.errno in DISK_ERRORS):
+                say(f"error: {error}")
+                say(f"newest checkpoint: {newest_checkpoint(run)}")
+                say(f"go on with: {run.resume_command}")
+                raise SystemExit(CANNOT_SAVE) from error
+            kind = kind_of(error)
+            if kind is None:
+                raise
+            _failed(evidence, tracker, kind, error)
+            if kind is ERROR:
+                raise
+            raise SystemExit(kind.exit_code) from error
+
+
+def _failed(evidence: failure_bundle.Evidence, tracker: RunTracker, kind: Kind, error: Exception | None) -> None:
+    """Says what failed, and writes its bundle and the report. Raises nothing."""
+    run, evidence.failed = evidence.run, kind
+    say(f"error: {kind.title}: {error or evidence.verdict}")
+    page = failure_bundle.write_bundle(evidence, kind, error)
+    if page is None and error is not None:
+        traceback.print_exception(error)
+    try:
+        if kind is not NON_FINITE:  # whose step and metric the meter has logged
+            tracker.log_summary({"run/failure": f"{kind.title}: {first_line(error) if error else evidence.verdict}"})
+        say(f"last good checkpoint: {newest_checkpoint(run)}")
+        if page is not None:
+            say(f"what is known of it: {page}")
+        write_report(run.path)
+    except Exception as problem:
+        say(f"the report could not be written: {problem}")
+
+
+def _stalled(evidence: failure_bundle.Evidence, tracker: RunTracker) -> None:
+    """Ends the program from a thread that is not stuck; nothing can be unwound in the one that is."""
+    if evidence.failed:
+        say(f"the bundle about {evidence.failed.title} is stuck: ending without the rest of it")
+    else:
+        _failed(evidence, tracker, STALL, None)
+    assert evidence.failed
+    os._exit(evidence.failed.exit_code)
+
+
+@contextmanager
+def _whole_tracebacks() -> Iterator[None]:
+    """JAX takes its own frames out of tracebacks; where a kernel fails they are what tells where."""
+    import jax
+
+    before = jax.config.jax_traceback_filtering
+    jax.config.update("jax_traceback_filtering", "off")
     try:
         yield
-    except NonFiniteLossError as error:
-        say(f"error: {error}")
-        say(f"last good checkpoint: {newest_checkpoint(run)}")
-        write_report(run.path)
-        raise SystemExit(3) from error
-    except OSError as error:
-        if not isinstance(error, CheckpointWriteError) and error.errno not in DISK_ERRORS:
-            raise
-        say(f"error: {error}")
-        say(f"newest checkpoint: {newest_checkpoint(run)}")
-        say(f"go on with: {run.resume_command}")
-        raise SystemExit(4) from error
-    except KeyboardInterrupt as stop:
-        saved = isinstance(stop, Stopped) and stop.path
-        say(f"\n{stop}" if saved else f"\nstopped. Newest checkpoint: {newest_checkpoint(run)}")
-        say(f"go on with: {run.resume_command}")
-        raise
+    finally:
+        jax.config.update("jax_traceback_filtering", before)
 
 
 def already_finished(run: RunDir, step: int) -> None:

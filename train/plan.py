@@ -14,7 +14,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.run import Choose, choose, explains_itself, parse
+from train.failure import explains_itself
+from train.run import Choose, choose, parse
 from train.rundir import say
 
 

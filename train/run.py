@@ -14,7 +14,6 @@ import importlib
 import logging
 import os
 import sys
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +22,7 @@ import tyro
 import yaml
 
 from train.checkpoint_files import DISK_ERRORS
+from train.failure import explains_itself
 from train.knobs import only_the_knobs
 from train.rundir import from_dict, read_config, say
 from train.stopping import catch_signals
@@ -81,16 +81,6 @@ def main(argv: list[str] | None = None, *, variant: str | None = None) -> None:
         raise SystemExit(4 if of_the_disk else 2) from None
     except KeyboardInterrupt as stop:
         raise SystemExit(getattr(stop, "exit_code", 130)) from None
-
-
-def explains_itself(error: Exception) -> bool:
-    """Whether this project raised it, with a message that says what to do. Anything else needs its traceback."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    file = Path(frame.f_code.co_filename)
-    ours = any(
-        file.is_relative_to(VARIANTS.parent / folder) for folder in ("train", "grug_model", "grug_kernels", "bench")
-    )
-    return ours and isinstance(error, ValueError | OSError | RuntimeError)
 
 
 def choose[C: Choose](argv: list[str], default: C) -> tuple[C, Any]:

@@ -33,12 +33,14 @@ UNVERSIONED = (
     "trainer.load_checkpoint_path",
     "trainer.peak_tflops",
     "trainer.require_kernels",
+    "trainer.stall_minutes",
 )
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """`path` holds checkpoints/, metrics.jsonl, config.json, summary.json, report.html, and the traces in profiler/."""
+    """`path` holds checkpoints/, metrics.jsonl, config.json, summary.json, report.html, the traces in profiler/, and a
+    folder in failures/ for each time it failed."""
 
     run_id: str
     path: Path
@@ -52,6 +54,10 @@ class RunDir:
     @property
     def profiler(self) -> Path:
         return self.path / "profiler"
+
+    @property
+    def failures(self) -> Path:
+        return self.path / "failures"
 
     def describe(self, config: Any, data: Any) -> Callable[[int], dict[str, Any]]:
         """What a checkpoint after `step` steps says of its run: enough for `train/saved.py` to open a copy of it."""

@@ -28,6 +28,7 @@ from train.data import (
     prepare,
 )
 from train.evaluate import GrugEvalConfig, build_tagged_evaluator
+from train.failure_bundle import Evidence, Loop
 from train.harness import Harness, build_harness
 from train.mesh import create_mesh
 from train.metrics import Meter
@@ -79,17 +80,17 @@ def mask_of(batch: Any) -> AttentionMask:
     return AttentionMask(causal=True, segment_ids=batch.attn_mask.segment_ids[0])
 
 
+def training_loss(params: GrugModelParameters, batch: Any, trainer: GrugTrainerConfig):
+    """The mean over the batch, and its parts. batch has tokens, loss_weight, attn_mask (a GrugLmExample)."""
+    return params.next_token_loss(batch.tokens, batch.loss_weight, mask_of(batch), z_loss_weight=trainer.z_loss_weight)
+
+
 def make_train_step(optimizer: Optimizer, trainer: GrugTrainerConfig, watch: WatchConfig | None = None):
-    """train_step(state, batch) -> (state, metrics); batch has tokens, loss_weight, attn_mask (a GrugLmExample)."""
+    """train_step(state, batch) -> (state, metrics); batch as for `training_loss`."""
 
     @partial(jax.jit, donate_argnums=0)  # the old state's memory becomes the new state's
     def train_step(state: GrugTrainState, batch: Any) -> tuple[GrugTrainState, dict[str, Array]]:
-        def loss_fn(params):
-            return params.next_token_loss(
-                batch.tokens, batch.loss_weight, mask_of(batch), z_loss_weight=trainer.z_loss_weight
-            )
-
-        (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        (loss, parts), grads = jax.value_and_grad(training_loss, has_aux=True)(state.params, batch, trainer)
         grad_norm = optax.global_norm(grads)
 
         def update(grads, params, opt_state, ema_params):  # every parameter by itself
@@ -177,13 +178,14 @@ def run_grug(variant: str, config: "GrugBaseLaunchConfig") -> None:
         run.write_config(config)
         with (
             start_tracker(run.path, run.run_id, as_dict(config), config.tracker) as tracker,
-            advice_on_failure(run),
+            advice_on_failure(run, config, init, tracker) as evidence,
             Profile(config.profile, run.profiler, tracker) as profile,
         ):
             checkpoints = Checkpoints(
                 run.checkpoints, config.checkpoint, metadata=run.describe(config, data), resumed=resumed
             )
-            state = train(config, data, optimizer, mesh, state, tracker, checkpoints, profile, harness)
+            evidence.wait_for_saves = checkpoints.wait
+            state = train(config, data, optimizer, mesh, state, tracker, checkpoints, profile, harness, evidence)
             finish(run, started, lambda: sample(state.params, data.tokenizer))
 
 
@@ -197,6 +199,7 @@ def train(
     checkpoints: Checkpoints,
     profile: Profile,
     harness: Harness | None,
+    evidence: Evidence,
 ) -> GrugTrainState:
     """Every step from `state` to the last one: load, step, log, sometimes save, sometimes evaluate."""
     trainer, batch_size, seq_len = config.trainer, config.trainer.batch_size, config.trainer.seq_len
@@ -214,6 +217,7 @@ def train(
         peak=peak_of_device(trainer.peak_tflops),
         log_every=trainer.log_every,
         start_step=start,
+        skipped=dataset.skipped,
     )
 
     def evaluators(step: int) -> dict[str, Any]:
@@ -229,12 +233,15 @@ def train(
         train_step = compile_step(train_step, state, first, tracker, require_kernels=trainer.require_kernels)
         watched_step = compile_watched_step(partial(make_train_step, optimizer, trainer), config.watch, state, first)
         batches = chain([first], batches)
+        loss = partial(training_loss, trainer=trainer)
+        evidence.loop = Loop(meter, loader, train_step, loss, data.tokenizer_dir)
         if start and (due := evaluators(start)):  # perhaps not yet: it may have been stopped after the save
             tracker.log(evaluations(state, due, config.eval), step=start)
         for step in profile.steps(range(start + 1, trainer.steps + 1), meter, bar.say):
             with meter.loading():
                 batch = next(batches)
             state, metrics = (watched_step if config.watch.is_due(step) else train_step)(state, batch)
+            evidence.state = state
             meter.step(step, metrics)
             bar.update(step, meter.last)
             with meter.hooks():

@@ -62,9 +62,9 @@ def run(*argv: str) -> Ended:
     return Ended(code, said.getvalue())
 
 
-def run_tiny(run_id: str, **changed: Any) -> Ended:
-    """The tiny run under the name `run_id`, with other flags: run_tiny("a", **{"--steps": 4})."""
-    return run(*flags(changed), "--run-id", run_id)
+def run_tiny(run_id: str, *switches: str, **changed: Any) -> Ended:
+    """The tiny run under the name `run_id`, with other flags: run_tiny("a", "--require-kernels", **{"--steps": 4})."""
+    return run(*flags(changed), *switches, "--run-id", run_id)
 
 
 def saved_steps(run_dir: Path) -> list[int]:
