@@ -102,6 +102,7 @@ def test_a_batch_can_be_read_as_text(prepared, packing):
     assert [example.place for example in decoded] == list(range(BATCH_SIZE))
     for example, text in zip(decoded, texts_of(prepared, batch), strict=True):
         assert example.component == ("prose" if any(c in "aeinorst" for c in text) else "code")
+        assert all(part.endswith("<|endoftext|>") for part in example.texts[:-1])
         without_ends = "".join(example.texts).replace("<|endoftext|>", "")
         assert without_ends.rstrip() == text.rstrip() if packing == "stream" else without_ends in text
         stored = dataset.mixture.datasets[example.component].as_sync_dataset()[example.number]
