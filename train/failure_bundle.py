@@ -213,7 +213,7 @@ def _dear_facts(evidence: Evidence, kind: Kind, facts: dict[str, Any], folder: P
     assert loop is not None
     with _noted(facts, "batch"):
         arrays = failure_batch.batch_of(loop.loader, step)
-        np.savez(folder / failure_batch.BATCH_FILE, **arrays)
+        np.savez(folder / failure_batch.BATCH_FILE, allow_pickle=False, **arrays)
         number = batch_number(step, skipped_ranges(config.data.skip_batches))
         sizes = config.trainer.batch_size, config.model.vocab_size
         yield "batch", failure_batch.described(arrays, number, *sizes, loop.tokenizer_dir)
