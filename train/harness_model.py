@@ -13,6 +13,7 @@ from lm_eval.api.model import LM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from train.harness_packing import PackedBatch, Piece, packed_batches
+from train.stall import beating
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class HarnessModel(LM):
         """Of each text: minus the sum of the nats of its scored tokens, and whether all of them are the likeliest."""
         text_of = [index for index, pieces in enumerate(texts) for _ in pieces]
         log_likelihoods, is_greedy, done = np.zeros(len(texts)), np.ones(len(texts), bool), 0
-        for batch in packed_batches(list(chain.from_iterable(texts)), self._seq_len, self._batch_size):
+        for batch in beating(packed_batches(list(chain.from_iterable(texts)), self._seq_len, self._batch_size)):
             nats, likeliest = self._score(batch)
             for piece, row, first, last in batch.spans:
                 log_likelihoods[text_of[piece]] -= nats[row, first:last].sum(dtype=np.float64)

@@ -157,7 +157,7 @@ def test_a_state_in_host_memory_has_the_same_norms(platform):
     optimizer = optimizer_of("adamw", axes_of_stack)
 
     def norms(offload):
-        with jax.set_mesh(create_mesh(8)), dispatch.targeting(platform):
+        with jax.set_mesh(one_device()), dispatch.targeting(platform):
             state = jax.jit(lambda: make_state(optimizer, offload))()
             state, _ = step_of(optimizer)(state, jnp.arange(8, out_sharding=P("data")))
             watch = WatchConfig(("opt_state",), histograms=True)
