@@ -16,8 +16,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 log = logging.getLogger(__name__)
 
 # Ascending ranges of batch numbers that neither touch nor overlap.
@@ -121,6 +119,7 @@ def decoded_examples(
     dataset: TrainSequences, tokenizer_dir: Path, batch: int, limit: int | None = None
 ) -> list[DecodedExample]:
     """What batch number `batch` holds, as text: its first `limit` sequences, or all."""
+    import numpy as np
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))

@@ -217,11 +217,8 @@ def _dear_facts(evidence: Evidence, kind: Kind, facts: dict[str, Any], folder: P
         number = batch_number(step, skipped_ranges(config.data.skip_batches))
         sizes = config.trainer.batch_size, config.model.vocab_size
         yield "batch", failure_batch.described(arrays, number, *sizes, loop.tokenizer_dir)
-        skip = " ".join([*config.data.skip_batches, str(number)])
-        yield (
-            "commands",
-            facts["commands"] | {"leave the batch out": f"{run.resume_command} --data.skip-batches {skip}"},
-        )
+        skip = f"{run.resume_command} --data.skip-batches {' '.join([*config.data.skip_batches, str(number)])}"
+        yield "commands", facts["commands"] | {"skip": skip}
     with _noted(facts, "norms"):
         if kind is NON_FINITE:
             checkpoint, holds = facts["checkpoint"], facts["checkpoint_step"]

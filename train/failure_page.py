@@ -15,7 +15,8 @@ Facts = Mapping[str, Any]
 
 STYLE = """
 .bad { color: var(--bad); font-weight: 600; } .lead { font-size: 17px; margin: 0; } .lead + .lead { margin-top: 8px; }
-.note { color: var(--soft); margin: 0 0 10px; } .number { text-align: right; } th.number { text-align: right; }
+.note { color: var(--soft); margin: 0 0 10px; } .number { text-align: right; } td.number { white-space: nowrap; }
+.card { overflow-x: auto; } th, td { padding-right: 13px; } th:last-child, td:last-child { padding-right: 0; }
 main > .card + .card { margin-top: 14px; } .name { white-space: nowrap; }
 .tile b { font-size: 20px; overflow-wrap: anywhere; }
 details table { margin-top: 10px; } h3 { font-size: 13px; font-weight: 500; color: var(--soft); margin: 14px 0 6px; }
@@ -124,7 +125,7 @@ def _norms(norms: Facts) -> Iterator[str]:
     for when, trees in _in_time(norms):
         for tree, found in trees.items():
             for part, rows in _by_part(tree, found).items():
-                columns[f"{part} {when}" if norms.get("before") else part] = rows
+                columns[f"{part} {when}".strip() if norms.get("before") else part] = rows
     names = dict.fromkeys(name for rows in columns.values() for name in rows)
     body = [[name, *(_norm(rows.get(name)) for rows in columns.values())] for name in names]
     table = _table(body, ("", *columns), bad=lambda cell: cell.endswith(")"))
@@ -135,7 +136,7 @@ def _norms(norms: Facts) -> Iterator[str]:
 
 def _in_time(norms: Facts) -> Iterator[tuple[str, Facts]]:
     yield "before", norms.get("before", {})
-    yield "of the step", {"gradients": norms["gradients"]} if norms.get("gradients") else {}
+    yield "", {"gradients": norms["gradients"]} if norms.get("gradients") else {}
     yield "after", norms.get("after", {})
 
 
@@ -155,7 +156,7 @@ def _by_part(tree: str, norms: Facts) -> dict[str, dict[str, Any]]:
 def _norm(facts: Facts | None) -> str:
     if facts is None:
         return ""
-    text = facts["norm"] if isinstance(facts["norm"], str) else f"{facts['norm']:.4g}"
+    text = facts["norm"] if isinstance(facts["norm"], str) else f"{facts['norm']:.3g}"
     return f"{text} ({facts['not_finite']:,})" if facts["not_finite"] else text
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """In which shares the components are mixed, from which step on, and what to say of it."""
 
-import numpy as np
+import math
 
 from train.batches import TrainSequences, batch_number
 
@@ -40,7 +40,7 @@ def check_blocks(stages: Stages, batch_size: int, block_size: int) -> None:
     """Raises ValueError unless every stage begins with a block of the mixture, and every share has room in a block."""
     for step, shares in stages:
         if step * batch_size % block_size:
-            every = block_size // np.gcd(batch_size, block_size)
+            every = block_size // math.gcd(batch_size, block_size)
             raise ValueError(
                 f"DataConfig.weights: the stage of step {step} begins at sequence {step} x batch_size {batch_size} ="
                 f" {step * batch_size}, which is not a multiple of mixture_block_size={block_size}. Begin it at a"
@@ -50,9 +50,9 @@ def check_blocks(stages: Stages, batch_size: int, block_size: int) -> None:
             # Levanter counts in whole sequences per block, and would leave the component out with a Python warning.
             if 0 < (sequences := share / sum(shares.values()) * block_size) < 1:
                 raise ValueError(
-                    f"DataConfig.weights: {name} has {share} of {sum(shares.values())} (stage of step {step}), which is"
+                    f"DataConfig.weights: {name} has {share:g} of {sum(shares.values()):g} (stage of step {step}), which is"
                     f" {sequences:.2g} sequences of a block of {block_size}, so it would never be read. Choose a larger"
-                    f" share, or mixture_block_size={int(np.ceil(block_size / sequences))} or more."
+                    f" share, or mixture_block_size={math.ceil(block_size / sequences)} or more."
                 )
 
 
