@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damaged checkpoints are refused with a reason; a save can fail or be killed at any moment."""
+"""Damaged checkpoints are refused with a reason; a save can fail. Kills are in bench/faults and test_resume.py."""
 
 import json
 import os
-import random
 import resource
-import signal
-import subprocess
-import sys
 import time
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import jax
@@ -20,7 +15,6 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.train.checkpointed import (
-    ALWAYS,
     EIGHT,
     ONE,
     assert_bitwise_equal,
@@ -40,8 +34,6 @@ from train.checkpoint import (
 )
 from train.checkpoint_arrays import checksums
 from train.checkpoint_io import CheckpointWriteError
-
-LIVES = 4
 
 
 def largest_file(checkpoint: Path) -> Path:
@@ -222,63 +214,3 @@ def test_unwritable_root_is_an_error_before_training(tmp_path):
         NotADirectoryError, match=f"checkpoints cannot be written to {root}: .*Choose another output path"
     ):
         Checkpoints(root, CheckpointConfig(), metadata=describe)
-
-
-def test_killed_at_any_moment_the_next_run_goes_on(tmp_path):
-    """kill -9 while a checkpoint is being written, again and again: what is restored is always whole."""
-    command = [sys.executable, "-W", "ignore", "-m", __name__, str(tmp_path)]
-    root = Path(__file__).parents[2]
-    output = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
-    assert output.returncode == 0, output.stdout + output.stderr
-    lives = [tuple(map(int, line.split())) for line in output.stdout.splitlines()]
-    assert len(lives) == LIVES
-    for (_, last), (resumed, _) in pairwise(lives):
-        # on_step(last) had returned, so the checkpoint before it was complete, and may never be lost.
-        assert resumed >= last - 1, lives
-    assert lives[-1][1] >= LIVES
-
-
-def train_until_killed(root: Path, progress: int) -> None:
-    """One life of a run: restores, checks what it restored, and saves at every step; never returns."""
-    mesh = ONE()
-    state, resumed = restore_latest_or_initialize(
-        [root], shape_of(mesh, width=1024), mesh=mesh, init=lambda: make_state(mesh, 0, width=1024)
-    )
-    step = int(state.step)
-    assert_bitwise_equal(state, make_state(mesh, step, width=1024))
-    cfg = CheckpointConfig(every=5, temporary_minutes=ALWAYS, keep_temporary=1)
-    checkpoints = Checkpoints(root, cfg, metadata=describe, resumed=resumed)
-    while True:
-        os.write(progress, f"{step}\n".encode())
-        step += 1
-        checkpoints.on_step(make_state(mesh, step, width=1024), step)
-
-
-def kill_again_and_again(root: Path) -> None:
-    """Prints from where to where each life came. Forking is safe: jax has not computed yet."""
-    from train import lev
-
-    _ = lev.save_checkpoint
-    rng = random.Random(0)
-    for _ in range(LIVES):
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            try:
-                train_until_killed(root, writer)
-            finally:
-                os._exit(1)
-        os.close(writer)
-        with os.fdopen(reader) as steps:
-            resumed, first = steps.readline(), steps.readline()  # now its first save is under way
-            time.sleep(rng.uniform(0.0, 0.5))
-            os.kill(child, signal.SIGKILL)
-            last = [first, *steps][-1]
-        _, status = os.waitpid(child, 0)
-        if not os.WIFSIGNALED(status):
-            sys.exit("a life ended before it was killed: see its message above")
-        print(resumed.strip(), last.strip())
-
-
-if __name__ == "__main__":
-    kill_again_and_again(Path(sys.argv[1]))
