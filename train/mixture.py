@@ -50,9 +50,9 @@ def check_blocks(stages: Stages, batch_size: int, block_size: int) -> None:
             # Levanter counts in whole sequences per block, and would leave the component out with a Python warning.
             if 0 < (sequences := share / sum(shares.values()) * block_size) < 1:
                 raise ValueError(
-                    f"DataConfig.weights: {name} has {share:g} of {sum(shares.values()):g} (stage of step {step}), which"
-                    f" is {sequences:.2g} sequences of a block of {block_size}, so it would never be read. Choose a"
-                    f" larger share, or mixture_block_size={math.ceil(block_size / sequences)} or more."
+                    f"DataConfig.weights: {name} has {share:g} of {sum(shares.values()):g} (stage of step {step}):"
+                    f" that is {sequences:.2g} sequences of a block of {block_size}, so it would never be read. Choose"
+                    f" a larger share, or mixture_block_size={math.ceil(block_size / sequences)} or more."
                 )
 
 
