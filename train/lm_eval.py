@@ -9,15 +9,13 @@ Needs `uv sync --extra eval`. Exit code: 0, or 2 where something is wrong; the m
 
 import importlib
 import json
-import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from train.failure import explains_itself
+from train.command import errors_explained
 from train.harness import HarnessConfig, build_harness, check_installed, metrics_of
 from train.rundir import say, write_atomically
 
@@ -45,18 +43,8 @@ class Options:
 
 
 def main(argv: list[str] | None = None) -> None:
-    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    options = tyro.cli(Options, args=argv, prog="python -m train.lm_eval", description="Runs lm-eval on a checkpoint.")
-    try:
-        run(options)
-    except Exception as error:
-        if not explains_itself(error):
-            raise
-        say(f"error: {error}")
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    with errors_explained():
+        run(tyro.cli(Options, args=argv, prog="python -m train.lm_eval", description="Runs lm-eval on a checkpoint."))
 
 
 def run(options: Options) -> None:
