@@ -18,6 +18,14 @@ from train.stopping import Stopped, catch_signals, deferred
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Ctrl-C as in the foreground: what a shell starts in the background ignores it, and so do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def send(number: int) -> None:
     os.kill(os.getpid(), number)
 
