@@ -16,6 +16,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 log = logging.getLogger(__name__)
 
 # Ascending ranges of batch numbers that neither touch nor overlap.
@@ -119,7 +121,6 @@ def decoded_examples(
     dataset: TrainSequences, tokenizer_dir: Path, batch: int, limit: int | None = None
 ) -> list[DecodedExample]:
     """What batch number `batch` holds, as text: its first `limit` sequences, or all."""
-    import numpy as np
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
@@ -129,12 +130,17 @@ def decoded_examples(
     for number, example in zip(numbers, dataset.mixture.as_sync_dataset().get_batch(numbers), strict=True):
         tokens = np.asarray(example.tokens)
         segment_ids = np.asarray(example.attn_mask.segment_ids[0])
-        ends = [*(np.flatnonzero(np.diff(segment_ids)) + 1), len(tokens)]
-        parts = [tokens[start:end] for start, end in zip([0, *ends], ends, strict=False) if segment_ids[start] >= 0]
+        parts = [tokens[part] for part in documents_in(segment_ids) if segment_ids[part.start] >= 0]
         component, index = _origin(dataset.mixture, number)
         texts = [tokenizer.decode(part.tolist(), skip_special_tokens=False) for part in parts]
         decoded.append(DecodedExample(number - first, component, index, texts))
     return decoded
+
+
+def documents_in(segment_ids: np.ndarray) -> list[slice]:
+    """The runs of equal ids in a row; those of a negative id are padding."""
+    ends = [*(np.flatnonzero(np.diff(segment_ids)) + 1).tolist(), len(segment_ids)]
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _origin(mixture: Any, number: int) -> tuple[str, int]:

@@ -37,9 +37,8 @@ def compile_step(train_step: Any, state: Any, batch: Any, tracker: RunTracker, *
     with phase("compiling the training step"), dispatch.recording() as choices:
         start = perf_counter()
         lowered = train_step.lower(state, batch)
-        tracker.log_summary(
-            kernel_metrics(choices)
-        )  # now: of a program that does not compile it is what one asks first
+        # Now: of a program that does not compile it is what one asks first.
+        tracker.log_summary(kernel_metrics(choices))
         fallbacks = [f"{choice.op}: {why}" for choice in choices for _, why in choice.refusals]
         if require_kernels and fallbacks:
             raise dispatch.UnsupportedError(

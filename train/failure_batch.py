@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from train.batches import documents_in
 from train.data import iter_from_step
 
 BATCH_FILE = "batch.npz"
@@ -50,7 +51,7 @@ def described(arrays: dict[str, np.ndarray], number: int, batch_size: int, vocab
             "distinct tokens": len(ids),
             "most frequent": f"{_piece(tokenizer, most)} (token {most}), {counts.max() / tokens.size:.1%} of all",
             "longest run of one token": _longest_run(tokenizer, tokens),
-            "documents, or parts of them": sum(len(_documents(row)) for row in segments),
+            "documents, or parts of them": sum(len(documents_in(row)) for row in segments),
             "with a weight in the loss": f"{np.count_nonzero(weight)}, of {weight.min():g} to {weight.max():g}",
             f"ids outside of the model's vocabulary of {vocab_size}": int(((ids < 0) | (ids >= vocab_size)).sum()),
             "fewest distinct tokens": f"{len(np.unique(tokens[odd]))}, in example {first + int(arrays['rows'][odd])}",
@@ -60,7 +61,7 @@ def described(arrays: dict[str, np.ndarray], number: int, batch_size: int, vocab
                 "index": first + int(arrays["rows"][row]),
                 "documents": [
                     tokenizer.decode(tokens[row, part].tolist(), skip_special_tokens=False)
-                    for part in _documents(segments[row])
+                    for part in documents_in(segments[row])
                 ],
             }
             for row in shown
@@ -73,12 +74,6 @@ def _local(array: Any) -> tuple[np.ndarray, np.ndarray]:
     parts = {shard.index[0].start or 0: np.asarray(shard.data) for shard in array.addressable_shards}
     numbers = [np.arange(start, start + len(parts[start])) for start in sorted(parts)]
     return np.concatenate(numbers), np.concatenate([parts[start] for start in sorted(parts)])
-
-
-def _documents(segment_ids: np.ndarray) -> list[slice]:
-    """The runs of equal segment ids."""
-    ends = [*(np.flatnonzero(np.diff(segment_ids)) + 1).tolist(), len(segment_ids)]
-    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _longest_run(tokenizer: Any, tokens: np.ndarray) -> str:

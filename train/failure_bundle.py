@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from train.batches import batch_number, skipped_ranges
 from train.checkpoint_files import find_complete
 from train.failure import NON_FINITE, OUT_OF_MEMORY, STALL, Kind
-from train.failure_page import page
+from train.failure_page import failure_page
 from train.history import read_history
 from train.metrics import Meter, NonFiniteLossError
 from train.rundir import RunDir, as_dict, say, write_atomically
@@ -280,7 +280,7 @@ def _new_folder(failures: Path, kind: Kind) -> Path:
 
 def _write(folder: Path, facts: dict[str, Any]) -> None:
     write_atomically(folder / JSON_FILE, json.dumps(facts, indent=1, default=str))
-    write_atomically(folder / PAGE_FILE, page(facts, read_history(Path(facts["run"]["path"]))))
+    write_atomically(folder / PAGE_FILE, failure_page(facts, read_history(Path(facts["run"]["path"]))))
 
 
 def _bytes_below(folder: Path) -> int:

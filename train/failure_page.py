@@ -7,8 +7,7 @@ from html import escape
 from typing import Any
 
 from train.history import History
-from train.page import PAGE_STYLE
-from train.plot import PLOT_STYLE
+from train.page import folded, page
 from train.report import loss_plot
 
 Facts = Mapping[str, Any]
@@ -16,7 +15,7 @@ Facts = Mapping[str, Any]
 STYLE = """
 .bad { color: var(--bad); font-weight: 600; } .lead { font-size: 17px; margin: 0; } .lead + .lead { margin-top: 8px; }
 .note { color: var(--soft); margin: 0 0 10px; } .number { text-align: right; } td.number { white-space: nowrap; }
-.card { overflow-x: auto; } th, td { padding-right: 13px; } th:last-child, td:last-child { padding-right: 0; }
+th, td { padding-right: 13px; } th:last-child, td:last-child { padding-right: 0; }
 main > .card + .card { margin-top: 14px; } .name { white-space: nowrap; }
 .tile b { font-size: 20px; overflow-wrap: anywhere; }
 details table { margin-top: 10px; } h3 { font-size: 13px; font-weight: 500; color: var(--soft); margin: 14px 0 6px; }
@@ -34,15 +33,9 @@ COMMANDS = {
 }
 
 
-def page(facts: Facts, history: History) -> str:
+def failure_page(facts: Facts, history: History) -> str:
     """facts: what failure.json holds."""
-    name = f"{facts['run']['run_id']}: {facts['kind']}"
-    sections = "".join(_sections(facts, history))
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(name)}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{PAGE_STYLE}{PLOT_STYLE}{STYLE}</style><main>{sections}</main></html>\n"
-    )
+    return page(f"{facts['run']['run_id']}: {facts['kind']}", _sections(facts, history), STYLE)
 
 
 def _sections(facts: Facts, history: History) -> Iterator[str]:
@@ -67,9 +60,9 @@ def _sections(facts: Facts, history: History) -> Iterator[str]:
     yield from _metrics(facts, history)
     yield from _machine(facts)
     if facts["traceback"]:
-        yield "<h2>Traceback</h2>" + _folded("show", f"<pre>{escape(facts['traceback'])}</pre>")
+        yield "<h2>Traceback</h2>" + folded(f"<pre>{escape(facts['traceback'])}</pre>")
     config = escape(json.dumps(facts["config"], indent=2))
-    yield "<h2>Configuration</h2>" + _folded("show", f"<pre>{config}</pre>")
+    yield "<h2>Configuration</h2>" + folded(f"<pre>{config}</pre>")
 
 
 def _tiles(facts: Facts) -> str:
@@ -131,7 +124,7 @@ def _norms(norms: Facts) -> Iterator[str]:
     table = _table(body, ("", *columns), bad=lambda cell: cell.endswith(")"))
     brackets = "In brackets: how many elements are not finite."
     yield f'<h2>Norms, layer by layer</h2><p class="note">Of {escape(norms["of"])}. {brackets}</p>'
-    yield table if len(body) <= FOLDED else _folded(f"{len(body)} arrays", table)
+    yield table if len(body) <= FOLDED else folded(table, f"{len(body)} arrays")
 
 
 def _in_time(norms: Facts) -> Iterator[tuple[str, Facts]]:
@@ -169,7 +162,7 @@ def _batch(batch: Facts) -> Iterator[str]:
     yield _table((name, str(value)) for name, value in batch["statistics"].items())
     for example in batch["examples"]:
         texts = "".join(f"<pre>{escape(text)}</pre>" for text in example["documents"])
-        yield _folded(f"example {example['index']:,}: {len(example['documents'])} documents, or parts of them", texts)
+        yield folded(texts, f"example {example['index']:,}: {len(example['documents'])} documents, or parts of them")
 
 
 def _metrics(facts: Facts, history: History) -> Iterator[str]:
@@ -222,10 +215,6 @@ def _table(rows: Iterable[Sequence[str]], header: Sequence[str] = (), *, bad: An
 
 def _card(html: str) -> str:
     return f'<div class="card">{html}</div>'
-
-
-def _folded(summary: str, html: str) -> str:
-    return f'<details class="card"><summary>{escape(summary)}</summary>{html}</details>'
 
 
 def _mib(size: float) -> str:

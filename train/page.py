@@ -63,10 +63,11 @@ def folded(content: str, title: str = "show") -> str:
     return f'<details class="card"><summary>{escape(title)}</summary>{content}</details>'
 
 
-def page(title: str, sections: Sequence[str]) -> str:
-    """The whole file; sections are HTML."""
+def page(title: str, sections: Iterable[str], style: str = "") -> str:
+    """The whole file; sections are HTML, style is CSS of this page alone."""
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{PAGE_STYLE}{PLOT_STYLE}</style>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{PAGE_STYLE}{PLOT_STYLE}{style}</style>"
         f"<main>{''.join(sections)}</main></html>\n"
     )

@@ -202,9 +202,8 @@ def _ended_well(run: Killed, log: str) -> bool:
 
 def same(straight: Path, killed: Path, step: int) -> bool:
     """Whether both last checkpoints, all losses and the next batches are equal; prints a table, and what is not."""
-    batches = [
-        next_batches(path) for path in (straight, killed)
-    ]  # first: a process that has used TensorStore may not fork
+    # First: a process that has used TensorStore may not fork.
+    batches = [next_batches(path) for path in (straight, killed)]
     checkpoints = [str(path / "checkpoints" / f"step-{step}") for path in (straight, killed)]
     a, b = map(digests, checkpoints)
     groups: dict[str, list[str]] = {}
