@@ -1,111 +1,143 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the loop adds to the step, beside the compiled step called again and again: data, metrics and progress; and with
-everything on, checkpoints, what is watched, and every tracker."""
+everything on, checkpoints, what is watched, and every tracker.
 
-import dataclasses
+Two runs of `train.run` and the bare step take turns, a window of ten steps each, the others stopped meanwhile: a minute
+in which the machine is slow slows all three alike. Beside the time stands what the processors worked, all threads and
+child processes: a CPU's step keeps every core busy, so what works behind it is paid there.
+"""
+
 import functools
-import importlib
 import os
+import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import mean, median
-from time import perf_counter
-from typing import Any
+from statistics import mean
+from time import perf_counter, process_time, sleep
+from typing import Any, NamedTuple
 
 import jax
 import pytest
 
 from bench.ahead import tell, told
 from bench.laptop import laptop_step
-from bench.timing import compile_timed
-from train.history import read_history
+from bench.timing import Compiled, compile_timed
 from train.store_metrics import VARIABLE
-from train.tracker import TrackerConfig
-from train.watch import WatchConfig
+from train.tracker import METRICS_FILE
 
-# With everything on, as many steps as the preset has between two checkpoints: it pays for one of them.
-STEPS, STEPS_OF_EVERYTHING, LOG_EVERY, BLOCKS = 30, 100, 10, 2
+VARIANT = "array_stacked"
+LOG_EVERY, WINDOWS = 10, 10
+STEPS = LOG_EVERY * (WINDOWS + 2)  # a first window, which compiles, and a last one, which saves and evaluates
 CASES = ("step alone", "step in the loop", "step with everything on")
+
+# Data, metrics.jsonl and progress; no evaluation, which is work of its own, and no checkpoint but the last.
+LOOP = [f"--variant={VARIANT}", f"--steps={STEPS}", f"--trainer.log-every={LOG_EVERY}", f"--eval.every={10**6}"]
+QUIET = ["--checkpoint.every=1000000", "--checkpoint.temporary-minutes=0"]
+# All there is to ask for, as often as is the default. The preset saves every half a minute, and of three turns two are
+# the others'.
+EVERYTHING = [
+    "--checkpoint.temporary-minutes=1.5",
+    *("--watch.what", "grads", "params"),
+    "--tracker.wandb=on",
+    *(["--tracker.tensorboard"] if find_spec("tensorboardX") else []),
+]
 ENVIRONMENT = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", VARIABLE: "10"}
 
 
-def bare_seconds(compiled, state, batch) -> tuple[float, object]:
-    """Seconds per step of LOG_EVERY steps dispatched one after the other and waited for once, as the loop does."""
-    start = perf_counter()
-    for _ in range(LOG_EVERY):
-        state, _ = compiled.call(state, batch)
-    jax.block_until_ready(state)
-    return (perf_counter() - start) / LOG_EVERY, state
+class Window(NamedTuple):
+    """Seconds per step: of the clock, and of all processors."""
+
+    seconds: float
+    cpu_seconds: float
 
 
-def without_services(config: Any, folder: Path) -> Any:
-    """Data, metrics.jsonl and progress; no evaluation, no checkpoint but the last."""
-    return dataclasses.replace(
-        config,
-        trainer=dataclasses.replace(config.trainer, steps=STEPS, log_every=LOG_EVERY),
-        checkpoint=dataclasses.replace(config.checkpoint, every=10**6, temporary_minutes=0),
-        eval=dataclasses.replace(config.eval, every=10**6),
-        output_path=str(folder),
-    )
+def cpu_seconds(process: int) -> float:
+    """User and system seconds of a process and of its descendants, from /proc."""
+    stats = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            pid, rest = file.parent.name, file.read_text().rpartition(")")[2].split()
+            stats[int(pid)] = int(rest[1]), int(rest[11]) + int(rest[12])
+    family = {process}
+    while children := {pid for pid, (parent, _) in stats.items() if parent in family} - family:
+        family |= children
+    return sum(stats[pid][1] for pid in family) / os.sysconf("SC_CLK_TCK")
 
 
-def with_everything(config: Any, folder: Path) -> Any:
-    """All there is to ask for, as often as is the default; but evaluation, which is work of its own."""
-    return dataclasses.replace(
-        without_services(config, folder),
-        trainer=dataclasses.replace(config.trainer, steps=STEPS_OF_EVERYTHING + LOG_EVERY, log_every=LOG_EVERY),
-        checkpoint=config.checkpoint,
-        watch=WatchConfig(("grads", "params")),
-        tracker=TrackerConfig(wandb="on", tensorboard=find_spec("tensorboardX") is not None),
-    )
+class Run:
+    """A run in a process of its own, which stands still unless it is its turn."""
+
+    def __init__(self, process: subprocess.Popen, folder: Path):
+        self._process, self._metrics = process, folder / METRICS_FILE
+
+    def window(self) -> Window:
+        """Lets it go on until it has logged another window."""
+        before, cpu = self._logged(), cpu_seconds(self._process.pid)
+        start = perf_counter()
+        self._process.send_signal(signal.SIGCONT)
+        while self._logged() == before:
+            if self._process.poll() is not None:
+                raise RuntimeError(
+                    f"the run of {self._metrics.parent} ended before its last window: see output.txt there"
+                )
+            sleep(0.002)
+        seconds = perf_counter() - start
+        self._process.send_signal(signal.SIGSTOP)
+        return Window(seconds / LOG_EVERY, (cpu_seconds(self._process.pid) - cpu) / LOG_EVERY)
+
+    def _logged(self) -> int:
+        return self._metrics.read_bytes().count(b'"throughput/duration"') if self._metrics.exists() else 0
 
 
 @contextmanager
-def environment(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    yield
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
+def started(folder: Path, flags: list[str], environment: dict[str, str]) -> Iterator[Run]:
+    folder.mkdir()
+    with (folder / "output.txt").open("w") as output:
+        command = [sys.executable, "-m", "train.run", *LOOP, *flags, f"--output-path={folder}"]
+        process = subprocess.Popen(command, env=os.environ | environment, stdout=output, stderr=output)
+        try:
+            yield Run(process, folder)
+        finally:
+            process.kill()
+            process.wait()
 
 
-def loop_windows(variant: str, change: Any, folder: Path) -> tuple[list[float], list[float]]:
-    """Seconds per step of each logged window of a real run but its first: of the steps, and of the hooks."""
-    launch = importlib.import_module(f"grug_model.{variant}.launch")
-    with environment(ENVIRONMENT if change is with_everything else {}):
-        launch.run(change(launch.PRESETS["laptop"], folder))
-    history = read_history(folder)
-    hooks = dict(history.series("throughput/hook_time"))
-    windows = history.series("throughput/duration")[1:]
-    return [seconds for _, seconds in windows], [hooks[step] for step, _ in windows]
+def bare_window(compiled: Compiled, state: Any, batch: Any) -> tuple[Window, Any]:
+    """LOG_EVERY steps dispatched one after the other and waited for once, as the loop does."""
+    start, cpu = perf_counter(), process_time()
+    for _ in range(LOG_EVERY):
+        state, _ = compiled.call(state, batch)
+    jax.block_until_ready(state)
+    return Window((perf_counter() - start) / LOG_EVERY, (process_time() - cpu) / LOG_EVERY), state
 
 
 @functools.cache
 def rows() -> dict[str, dict[str, Any]]:
-    """Runs of the loop in turn with bare windows: overheads are ratios of medians. Hooks count by their mean, since a
-    checkpoint is in one window of many."""
-    variant = "array_stacked"
-    seconds: dict[str, list[float]] = {case: [] for case in CASES}
-    hooks: dict[str, list[float]] = {case: [] for case in CASES} | {CASES[0]: [0.0]}
-    with laptop_step(variant) as (train_step, state, batch), tempfile.TemporaryDirectory() as folder:
+    """Means of WINDOWS windows: of ten, one has a checkpoint and all have a step that is watched."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        train_step, state, batch = stack.enter_context(laptop_step(VARIANT))
         compiled = compile_timed(train_step, state, batch)
-        for block in range(BLOCKS):
-            for case, change in zip(CASES[1:], (without_services, with_everything), strict=True):
-                of_steps, of_hooks = loop_windows(variant, change, Path(folder) / f"{change.__name__}-{block}")
-                seconds[case] += of_steps
-                hooks[case] += of_hooks
-                for _ in of_steps:
-                    of_step, state = bare_seconds(compiled, state, batch)
-                    seconds[CASES[0]].append(of_step)
-    facts = compiled.row() | {"op": "loop", "variant": variant}
-    of_hooks = {case: {"hook_seconds": mean(hooks[case]), "windows": len(seconds[case])} for case in CASES}
-    return {
-        case: facts | of_hooks[case] | {"implementation": case, "seconds": median(seconds[case]) + mean(hooks[case])}
-        for case in CASES
-    }
+        runs = {
+            CASES[1]: stack.enter_context(started(folder / "loop", QUIET, {})),
+            CASES[2]: stack.enter_context(started(folder / "everything", EVERYTHING, ENVIRONMENT)),
+        }
+        for run in runs.values():
+            run.window()
+        windows: dict[str, list[Window]] = {case: [] for case in CASES}
+        for _ in range(WINDOWS):
+            window, state = bare_window(compiled, state, batch)
+            windows[CASES[0]].append(window)
+            for case, run in runs.items():
+                windows[case].append(run.window())
+    facts = compiled.row() | {"op": "loop", "variant": VARIANT, "windows": WINDOWS}
+    means = {case: Window(*map(mean, zip(*windows[case], strict=True))) for case in CASES}
+    return {case: facts | {"implementation": case} | means[case]._asdict() for case in CASES}
 
 
 @pytest.mark.benchmark(timer=told)

@@ -14,9 +14,10 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +122,7 @@ def decoded_examples(
     dataset: TrainSequences, tokenizer_dir: Path, batch: int, limit: int | None = None
 ) -> list[DecodedExample]:
     """What batch number `batch` holds, as text: its first `limit` sequences, or all."""
+    import numpy as np
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
@@ -137,8 +139,10 @@ def decoded_examples(
     return decoded
 
 
-def documents_in(segment_ids: np.ndarray) -> list[slice]:
+def documents_in(segment_ids: "np.ndarray") -> list[slice]:
     """The runs of equal ids in a row; those of a negative id are padding."""
+    import numpy as np
+
     ends = [*(np.flatnonzero(np.diff(segment_ids)) + 1).tolist(), len(segment_ids)]
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 

@@ -228,7 +228,7 @@ def test_a_planted_copy_is_found(forward, dtype, cause):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.long), "full"])
+@pytest.mark.parametrize("remat", ["none", "full"])
 def test_the_stacked_variants_step_copies_no_stack(remat):
     """Float32 parameters that layers read as bfloat16: XLA cast all of them in front of both loops, and remat="none"
     kept those casts once more. It also turned w_q in front of the loops, and the gradient of w_gate behind them."""

@@ -260,7 +260,6 @@ SMALL = {"num_layers": 1, "hidden_dim": 128, "intermediate_dim": 128, "num_heads
 SMALL |= {"head_dim": 128, "vocab_size": 256}
 
 
-@pytest.mark.long
 def test_levanters_step_is_predicted_beside_ours():
     config = step.template("base", model=SMALL | {"max_seq_len": 128}, trainer={"batch_size": 4, "seq_len": 128})
     record, prediction = step.predicted_step("base", config, tpu_topology("v5p"), levanter=True)

@@ -55,8 +55,9 @@ def compiled(case: Case, interpret=True):
     return run
 
 
-@settings(deadline=None, max_examples=6)
-@given(case=st.sampled_from(CASES), scale=st.sampled_from([1.0, 30.0]), seed=st.integers(0, 10**6))
+@pytest.mark.parametrize("case", CASES)
+@settings(deadline=None, max_examples=3)
+@given(scale=st.sampled_from([1.0, 30.0]), seed=st.integers(0, 10**6))
 def test_results_and_gradients(case, scale, seed):
     """Random cotangents for out and for lse; at scale 30 the softmax is peaked, and needs a maximum."""
     inputs, mask = case.inputs(seed, scale), random_mask(case, np.random.default_rng(seed))

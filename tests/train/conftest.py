@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the end-to-end tests share: a prepared corpus, and folders in which runs may be started."""
 
+import fcntl
+import os
+
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
@@ -15,9 +18,14 @@ _MIN_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 
 @pytest.fixture(scope="session")
 def grug_cache(tmp_path_factory):
-    """A cache directory ($GRUG_CACHE_DIR) in which the tiny run finds its corpus, tokenizer and tokens."""
-    cache = tmp_path_factory.mktemp("grug-cache")
-    prepare(DataConfig(cache_dir=str(cache), vocab_size=tiny.FLAGS["--data.vocab-size"]), lambda _: None)
+    """A cache directory ($GRUG_CACHE_DIR) in which the tiny run finds its corpus, tokenizer and tokens; pytest-xdist's
+    processes share it."""
+    folder = tmp_path_factory.getbasetemp()
+    cache = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "grug-cache"
+    cache.mkdir(exist_ok=True)
+    with (cache / "lock").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        prepare(DataConfig(cache_dir=str(cache), vocab_size=tiny.FLAGS["--data.vocab-size"]), lambda _: None)
     return cache
 
 

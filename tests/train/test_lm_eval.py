@@ -228,7 +228,6 @@ def test_a_task_that_cannot_be_evaluated(trained, tmp_path, tasks, changed, part
         assert part in ended.text
 
 
-@pytest.mark.long
 def test_unknown_tasks_are_told_near_names_and_files_that_lm_eval_passes_over_in_silence(trained, tmp_path):
     own = own_task(tmp_path / "own")
     (own / "broken.yaml").write_text("task: [broken")

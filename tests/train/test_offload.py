@@ -204,7 +204,6 @@ def test_a_checkpoint_does_not_say_where_its_state_lived(tmp_path, wrote, reads)
     assert memories(found.params) == {"device"}
 
 
-@pytest.mark.long
 def test_a_run_goes_on_with_its_state_elsewhere(folder):
     """From the third step of a run without offload: the same last checkpoint, and the same evaluations, of the average
     too."""

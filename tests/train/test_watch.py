@@ -73,7 +73,6 @@ def test_blocks_have_the_same_names_and_norms_stacked_or_not():
         assert stacked[name] == pytest.approx(base[name], rel=2e-3), name
 
 
-@pytest.mark.long
 def test_eight_devices_watch_what_one_does():
     grads = WatchConfig(("grads",), histograms=True)
     one, eight = (by_name(watched_step("array_stacked", grads, size)[1]) for size in (1, 8))
