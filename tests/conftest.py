@@ -32,3 +32,35 @@ def pytest_collection_modifyitems(config, items):
         item.add_marker(pytest.mark.long)
     if config.args == config.getini("testpaths") and (stale := [line for line in begin if not named[line]]):
         raise pytest.UsageError(f"{LONG.name} names tests that are not there: {', '.join(stale)}")
+
+
+def shared_folder(tmp_path_factory, name):
+    """A folder of this session, the same one in all of pytest-xdist's processes."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / name
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def compiled_programs(tmp_path_factory):
+    """JAX's compilation cache, in a folder of this session: the second tiny run need not compile what the first did."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    folder = shared_folder(tmp_path_factory, "compiled")
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_compilation_cache_max_size": 2**33,  # any limit: with one, JAX locks the cache
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+
+    def use(values):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # or JAX goes on with what it decided at its first compilation
+
+    before = {name: getattr(jax.config, name) for name in settings}
+    use(settings)
+    yield folder
+    use(before)
