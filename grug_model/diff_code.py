@@ -3,7 +3,7 @@
 
 **Distance**: of the template's code lines, how many a reader has to read again. Docstrings, comments and blank lines
 are not code. Lines are compared in order, file by file; where n lines became m, max(n, m) changed; a file on one side
-alone changed whole.
+alone changed whole. Where a file is no Python on one side, every line that is not blank counts on both.
 """
 
 import ast
@@ -40,22 +40,22 @@ def _order(name: str) -> int:
     return PARTS.index(name) if name in PARTS else len(PARTS)
 
 
-def code_lines(text: str) -> list[str]:
-    """Its lines without docstrings, comments and blank lines. Of what is no Python: every line that is not blank."""
+def code_lines(text: str) -> list[str] | None:
+    """Its lines without docstrings, comments and blank lines; None where it is no Python."""
     lines = text.splitlines()
     try:
         tree = ast.parse(text)
         tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
     except (SyntaxError, ValueError, tokenize.TokenError):  # ValueError: a null byte
-        return [line.rstrip() for line in lines if line.strip()]
+        return None
     for token in tokens:
         if token.type == tokenize.COMMENT:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
     for node in ast.walk(tree):
         if isinstance(node, HAS_DOCSTRING) and ast.get_docstring(node, clean=False) is not None:
-            text_of = node.body[0]
-            lines[text_of.lineno - 1 : text_of.end_lineno] = [""] * (text_of.end_lineno - text_of.lineno + 1)
+            first, last = node.body[0].lineno, node.body[0].end_lineno or node.body[0].lineno
+            lines[first - 1 : last] = [""] * (last - first + 1)
     return [line.rstrip() for line in lines if line.strip()]
 
 
@@ -82,7 +82,10 @@ def distance(template: Path, variant: Path) -> Distance:
 def distance_by_file(template: dict[str, str], variant: dict[str, str]) -> dict[str, Distance]:
     found = {}
     for name in dict.fromkeys([*template, *variant]):
-        left, right = code_lines(template.get(name, "")), code_lines(variant.get(name, ""))
+        texts = template.get(name, ""), variant.get(name, "")
+        left, right = map(code_lines, texts)
+        if left is None or right is None:
+            left, right = ([line for line in text.splitlines() if line.strip()] for text in texts)
         changes = (max(i1 - i0, j1 - j0) for tag, i0, i1, j0, j1 in _opcodes(left, right) if tag != "equal")
         found[name] = Distance(sum(changes), len(left))
     return found
@@ -95,7 +98,7 @@ def closest(variant: Path, others: Iterable[Path]) -> tuple[Path, Distance] | No
     return min(found, key=lambda pair: (pair[1].changed, pair[0].name != "base", pair[0].name), default=None)
 
 
-def _opcodes(left: Sequence[str], right: Sequence[str]) -> list[tuple[str, int, int, int, int]]:
+def _opcodes(left: Sequence[str], right: Sequence[str]) -> Sequence[tuple[str, int, int, int, int]]:
     return SequenceMatcher(None, left, right, autojunk=False).get_opcodes()
 
 

@@ -226,19 +226,17 @@ def _described(arrays: Counter[str] | None) -> str:
 def kernels_beside(left: Facts, right: Facts) -> list[tuple[str, str, str]]:
     """(op on platform, left, right) of every op that one of them uses."""
     keys = dict.fromkeys([*left.kernels, *right.kernels])
-    return [(f"{op} on {on}", *(side.kernels.get((op, on), "–") for side in (left, right))) for op, on in keys]
+    return [(f"{op} on {on}", left.kernels.get((op, on), "–"), right.kernels.get((op, on), "–")) for op, on in keys]
 
 
 def counts_beside(left: Counts, right: Counts) -> list[tuple[str, str, str, str]]:
     """(preset, left, right, change) of parameters or FLOPs."""
-    return [
-        (
-            preset,
-            *(f"{side[preset]:,.0f}" if preset in side else "–" for side in (left, right)),
-            change(left, right, preset),
-        )
-        for preset in dict.fromkeys([*left, *right])
-    ]
+    presets = dict.fromkeys([*left, *right])
+    return [(name, _counted(left, name), _counted(right, name), change(left, right, name)) for name in presets]
+
+
+def _counted(counts: Counts, preset: str) -> str:
+    return f"{counts[preset]:,.0f}" if preset in counts else "–"
 
 
 def change(left: Counts, right: Counts, preset: str) -> str:

@@ -16,7 +16,8 @@ CONTEXT = 3
 FOLDED = 30
 UNKNOWN = "Not known: see above."
 STYLE = """
-main { max-width: 1640px; } .tile b { font-size: 22px; } h3 { font-size: 15px; margin: 26px 0 8px; }
+main { max-width: 1640px; } td { overflow-wrap: normal; } details .card { border: 0; padding: 8px 0 0; }
+.tile b { font-size: 22px; } h3 { font-size: 15px; margin: 26px 0 8px; }
 h3 small { color: var(--soft); font-weight: 400; margin-left: 8px; } main > .card + .card { margin-top: 14px; }
 .loud { border-color: var(--bad); } .loud b { color: var(--bad); }
 .loud p { margin: 0; overflow-wrap: anywhere; } .loud p + p { margin-top: 8px; }
@@ -25,7 +26,8 @@ h3 small { color: var(--soft); font-weight: 400; margin-left: 8px; } main > .car
 @media (prefers-color-scheme: dark) { :root { --less: #3a1a1d; --more: #12301f; --less-word: #8a2b2e;
   --more-word: #1f6f3b; --none: #131822; } }
 .text { padding: 0; overflow-x: auto; } .text > * { min-width: 980px; }
-.text table { table-layout: fixed; } .text td { border: 0; padding: 0 8px; white-space: pre-wrap; line-height: 1.45;
+.text table { table-layout: fixed; }
+.text td { border: 0; padding: 0 8px; white-space: pre-wrap; overflow-wrap: anywhere;
   font: 12.5px/1.45 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 .text td.at { color: var(--soft); text-align: right; padding: 0 6px; user-select: none; }
 .text col.at { width: 44px; } .less { background: var(--less); } .more { background: var(--more); }
@@ -88,13 +90,20 @@ def _sections(found: Comparison) -> Iterator[str]:
     none = "No name, shape, type or sharding differs." if left.arrays and right.arrays else UNKNOWN
     yield f"<h2>Arrays</h2>{_note(f'Parameters of the preset {PRESET}, on a mesh of data=2, model=2. Layers are *.')}"
     yield _rows(arrays, ("array", *names), none)
-    yield "<h2>Parameters</h2>" + table(
-        diff_facts.counts_beside(left.parameters, right.parameters), ("preset", *names, "change")
+    sizes = (
+        ("Parameters", "", left.parameters, right.parameters),
+        (
+            "FLOPs per token",
+            "Of a training step, forward and backward; attention over all keys.",
+            left.flops,
+            right.flops,
+        ),
     )
-    yield f"<h2>FLOPs per token</h2>{_note('Of a training step, forward and backward; attention over all keys.')}"
-    yield table(diff_facts.counts_beside(left.flops, right.flops), ("preset", *names, "change"))
+    for title, note, ours, theirs in sizes:
+        rows = diff_facts.counts_beside(ours, theirs)
+        yield f"<h2>{title}</h2>{_note(note)}" + _beside(rows, ("preset", *names, "change"))
     yield f"<h2>Kernels</h2>{_note(f'Which implementations the training step of {PRESET} takes, where none is named.')}"
-    yield table(diff_facts.kernels_beside(left, right), ("kernel", *names))
+    yield _beside(diff_facts.kernels_beside(left, right), ("kernel", *names))
     yield "<h2>Code</h2>"
     yield from _files(found)
 
@@ -110,7 +119,7 @@ def _changed_files(found: Comparison) -> list[tuple[str, Distance]]:
 
 
 def _note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>'
+    return f'<p class="note">{escape(text)}</p>' if text else ""
 
 
 def _rows(rows: Sequence[Sequence[str]], header: Sequence[str], none: str) -> str:
@@ -118,6 +127,14 @@ def _rows(rows: Sequence[Sequence[str]], header: Sequence[str], none: str) -> st
     if not rows:
         return _note(none)
     return table(rows, header) if len(rows) <= FOLDED else folded(table(rows, header), f"{len(rows)} differences")
+
+
+def _beside(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
+    """A table whose second and third columns are the two variants; folded where they are the same."""
+    if not rows:
+        return _note(UNKNOWN)
+    same = all(row[1] == row[2] for row in rows)
+    return folded(table(rows, header), "the same in both") if same else table(rows, header)
 
 
 def _tiles(found: Comparison) -> str:
@@ -140,6 +157,10 @@ def _lines_of(distance: Distance) -> str:
     return f"{distance.changed} of {distance.of} lines of code"
 
 
+def _lines(number: int) -> str:
+    return f"{number} line" if number == 1 else f"{number} lines"
+
+
 def _count(left: Counts, right: Counts) -> tuple[str, str]:
     """The number of the right side, in short, and how far it is from the left's."""
     if PRESET not in right:
@@ -155,7 +176,7 @@ def _files(found: Comparison) -> Iterator[str]:
         if left == right:
             continue
         only = f", only in {found.left if right is None else found.right}" if left is None or right is None else ""
-        yield f"<h3>{escape(name)}<small>{file.changed} lines of code changed{escape(only)}</small></h3>"
+        yield f"<h3>{escape(name)}<small>{_lines(file.changed)} of code changed{escape(only)}</small></h3>"
         yield f'<div class="card text">{"".join(_stretches(side_by_side(left or "", right or "")))}</div>'
     same = [name for name, _ in _changed_files(found) if found.left_sources.get(name) == found.right_sources.get(name)]
     if same:
@@ -170,7 +191,7 @@ def _stretches(rows: Sequence[Row]) -> Iterator[str]:
         if end == len(rows) or (end in near) != (begin in near):
             lines = _code_table(rows[begin:end])
             hidden = begin not in near and end - begin > 1
-            yield f"<details><summary>{end - begin} lines alike</summary>{lines}</details>" if hidden else lines
+            yield f"<details><summary>{_lines(end - begin)} alike</summary>{lines}</details>" if hidden else lines
             begin = end
 
 

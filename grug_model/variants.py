@@ -100,13 +100,13 @@ def print_list(root: Path) -> None:
         entry, variant = entries.get(name), models / name
         fields = entry.fields if entry else {}
         facts = facts_of(variant, kernels=False)
-        short = [short for short, full in BUCKETS.items() if full == fields.get("Bucket")]
+        short = {full: short for short, full in BUCKETS.items()}
         rows.append(
             (
                 name,
                 "template" if name == "base" else fields.get("Status", "no entry"),
                 fields.get("Origin", "–"),
-                *(short or "–"),
+                short.get(fields.get("Bucket", ""), "–"),
                 "–" if name == "base" else f"{distance(models / 'base', variant).percent:.1f} %",
                 "–" if entry is None else f"{distance(template_of(root, entry), variant).percent:.1f} %",
                 f"{facts.parameters[PRESET]:,}" if PRESET in facts.parameters else "not known",

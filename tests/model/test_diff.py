@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grug_model import diff, diff_facts
+from grug_model.base.launch import PRESETS
 from grug_model.diff_code import closest, code_lines, distance, side_by_side, sources, variants_in
 from grug_model.diff_facts import Facts
 from grug_model.diff_page import Comparison, diff_page, summary
@@ -55,8 +56,11 @@ def test_code_is_what_is_neither_docstring_nor_comment_nor_blank():
     ]
 
 
-def test_of_what_is_no_python_every_line_that_is_not_blank_counts():
-    assert code_lines("def f(:\n\n    # a\n") == ["def f(:", "    # a"]
+def test_of_what_is_no_python_every_line_counts_on_both_sides(tmp_path):
+    left = write_variant(tmp_path / "left", model=CODE)
+    right = write_variant(tmp_path / "right", model=CODE.replace("class A:", "class A("))
+    found = distance(left, right)
+    assert (found.changed, found.of) == (1, len([line for line in CODE.splitlines() if line.strip()]))
 
 
 def write_variant(folder: Path, **files: str) -> Path:
@@ -186,15 +190,12 @@ def test_sinks_are_four_more_arrays_of_eight_and_nothing_else(sinks):
     assert sinks.closest is None
 
 
-def test_parameters_are_those_of_the_arrays(sinks):
-    import jax
-
-    from tests.model.variants import one_device, part
-
-    cfg = part("base", "launch").PRESETS["laptop"].model
-    with jax.set_mesh(one_device()):
-        params = part("base", "model").Transformer.init(cfg, key=jax.random.key(0))
-    assert sinks.left_facts.parameters["laptop"] == sum(leaf.size for leaf in jax.tree.leaves(params))
+def test_parameters_are_those_that_one_counts_by_hand(sinks):
+    cfg = PRESETS["laptop"].model
+    attention = 2 * cfg.hidden_dim * cfg.head_dim * (cfg.num_heads + cfg.num_kv_heads)
+    block = attention + 3 * cfg.hidden_dim * cfg.intermediate_dim + 2 * cfg.hidden_dim
+    others = 2 * cfg.vocab_size * cfg.hidden_dim + cfg.hidden_dim
+    assert sinks.left_facts.parameters["laptop"] == cfg.num_layers * block + others
 
 
 def test_kernels_are_those_that_the_platform_would_run(sinks):
