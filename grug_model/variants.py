@@ -117,7 +117,8 @@ def print_list(root: Path) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row, lines in zip(rows, below, strict=True):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        print("".join(f"{textwrap.indent(line, '    ')}\n" for line in lines), end="")
+        for line in lines:
+            print(textwrap.fill(line, 120, initial_indent="    ", subsequent_indent="      "))
 
 
 if __name__ == "__main__":

@@ -153,8 +153,8 @@ def last_score(name: str) -> str | None:
     row = importlib.import_module("grug_model.score").last_scores().get(name)
     if row is None:
         return None
-    interval = f" ± {row['loss_half_width']:.4f}" if row["loss_half_width"] is not None else ""
-    loss = f"loss {row['loss']:.4f}{interval}" if row["loss"] is not None else "no loss"
+    interval = f" ± {row['loss_half_width']:.3f}" if row["loss_half_width"] is not None else ""
+    loss = f"loss {row['loss']:.3f}{interval}" if row["loss"] is not None else "no loss"
     where = f"preset {row['preset']}, {row['steps']} steps, {len(row['seeds'])} seeds, {row['date'][:10]}"
     return f"{loss} ({where})" + (f": {row['verdict']}" if row["verdict"] else "")
 

@@ -143,7 +143,7 @@ def test_recording_writes_what_is_known_by_then(repository, monkeypatch, capsys)
     fields = find(Path.cwd(), "mine").fields
     assert fields["Introduced"] == "TBD"
     assert re.fullmatch(rf"0\.2 % \(1 of \d+ code lines\) from base, {date.today()}", fields["Distance"])
-    assert fields["Score"] == "loss 4.5000 ± 0.0100 (preset laptop, 40 steps, 2 seeds, 2026-11-22): mine lost"
+    assert fields["Score"] == "loss 4.500 ± 0.010 (preset laptop, 40 steps, 2 seeds, 2026-11-22): mine lost"
     assert (fields["Notes"], fields["Diff"]) == ("Slower, and no better", "https://there/1")
     sha = commit(repository, "mine")
     Path("more").write_text("")
