@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from functools import lru_cache
 from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +41,8 @@ def _order(name: str) -> int:
     return PARTS.index(name) if name in PARTS else len(PARTS)
 
 
-def code_lines(text: str) -> list[str] | None:
+@lru_cache(maxsize=256)  # every variant is held against every other
+def code_lines(text: str) -> tuple[str, ...] | None:
     """Its lines without docstrings, comments and blank lines; None where it is no Python."""
     lines = text.splitlines()
     try:
@@ -56,7 +58,7 @@ def code_lines(text: str) -> list[str] | None:
         if isinstance(node, HAS_DOCSTRING) and ast.get_docstring(node, clean=False) is not None:
             first, last = node.body[0].lineno, node.body[0].end_lineno or node.body[0].lineno
             lines[first - 1 : last] = [""] * (last - first + 1)
-    return [line.rstrip() for line in lines if line.strip()]
+    return tuple(line.rstrip() for line in lines if line.strip())
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def distance_by_file(template: dict[str, str], variant: dict[str, str]) -> dict[
         texts = template.get(name, ""), variant.get(name, "")
         left, right = map(code_lines, texts)
         if left is None or right is None:
-            left, right = ([line for line in text.splitlines() if line.strip()] for text in texts)
+            left, right = (tuple(line for line in text.splitlines() if line.strip()) for text in texts)
         changes = (max(i1 - i0, j1 - j0) for tag, i0, i1, j0, j1 in _opcodes(left, right) if tag != "equal")
         found[name] = Distance(sum(changes), len(left))
     return found

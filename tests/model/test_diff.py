@@ -46,14 +46,14 @@ docstring"""
 
 
 def test_code_is_what_is_neither_docstring_nor_comment_nor_blank():
-    assert code_lines(CODE) == [
+    assert code_lines(CODE) == (
         "import os",
         "class A:",
         '    x = "# no comment"',
         "    def f(self):",
         '        return """no',
         'docstring"""',
-    ]
+    )
 
 
 def test_of_what_is_no_python_every_line_counts_on_both_sides(tmp_path):
