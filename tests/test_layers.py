@@ -17,6 +17,8 @@ LEVANTER = {"levanter", "haliax", "fray", "zephyr", "rigging"}
 ALLOWED = {
     "grug_kernels": ({"grug_kernels"}, {"jax", "jaxtyping", "numpy"}),
     "grug_model/*/model.py": ({"grug_kernels"}, {"jax", "jaxtyping", "equinox", "numpy"}),
+    # The tools of the workflow, which no variant imports.
+    "grug_model/*.py": ({"grug_kernels", "grug_model", "train"}, {"jax"}),
     "grug_model": ({"grug_kernels", "train"}, {"jax", "jaxtyping", "equinox", "optax", "numpy"}),
     # An entry point, which no service imports: see docs/decisions/0006-plan-is-an-entry-point.md.
     "train/plan.py": ({"bench", "train"}, set()),

@@ -1,7 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
+"""A repository to make and retire variants in: a copy of grug_model/ and of the archive, with one commit."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 
+ROOT = Path(__file__).parents[2]
+AUTHOR = {
+    f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in (("NAME", "a"), ("EMAIL", "a@b"))
+}
 
-@pytest.fixture(autouse=True)
-def compile_once(compiled_programs):
-    """Variants that leave a program as it is need not compile it again."""
+
+def git(root: Path, *arguments: str) -> str:
+    # Of whoever runs the tests no configuration, and no repository: a hook that runs them may have set GIT_DIR.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    env |= AUTHOR | {"GIT_CONFIG_GLOBAL": os.devnull}
+    return subprocess.run(
+        ["git", *arguments], cwd=root, env=env, check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def commit(root: Path, message: str) -> str:
+    git(root, "add", "--all")
+    git(root, "commit", "--quiet", "--message", message)
+    return git(root, "rev-parse", "HEAD")
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch) -> Path:
+    """Its root, where the test runs."""
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+    root = tmp_path / "repository"
+    shutil.copytree(ROOT / "grug_model", root / "grug_model", ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "docs" / "reports").mkdir(parents=True)
+    shutil.copy(ROOT / "docs" / "reports" / "grug-archive.md", root / "docs" / "reports")
+    (root / ".gitignore").write_text("__pycache__/\nruns/\n")
+    git(root, "init", "--quiet", "--initial-branch", "main")
+    commit(root, "all there was")
+    monkeypatch.chdir(root)
+    return root
