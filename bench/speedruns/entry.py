@@ -29,8 +29,8 @@ from train.summary import SUMMARY_FILE, clock, si
 
 @dataclass(frozen=True)
 class Entry:
-    """configs: launch configurations by their variants, each of its variant's own class. track: None where no target was
-    set; then no row is added. on_laptop: False: it is planned on a machine without an accelerator, and not trained."""
+    """configs: launch configurations by their variants, each of its variant's own class. track: None where no target
+    was set; then no row is added. on_laptop: False: without an accelerator it is planned, and not trained."""
 
     name: str
     configs: Mapping[str, Any]
@@ -169,7 +169,7 @@ def _tell(rows: Sequence[Row], *, submit: bool) -> None:
         seconds, loss = row.time
         mean = f"loss {loss:.4f} in {clock(seconds)} of training"
         stands = f"does not count: {row.why_not}" if row.why_not else "counts" if submit else "would count"
-        print(f"{row.entry} ({row.variant}): {mean}; {p_text(row.p)} of being under {row.target:g}; it {stands}")
+        print(f"{row.entry} ({row.variant}): {mean}, target {row.target:g} ({p_text(row.p)}): it {stands}")
         if submit:
             ledger.add(row)
     if submit:

@@ -2,10 +2,10 @@
 """The ledger as a page in Markdown."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from statistics import fmean, stdev
 
-from bench.speedruns.ledger import PAGE, P, Row, places, races, read, records
+from bench.speedruns import ledger
+from bench.speedruns.ledger import P, Row, places, races, records
 from train.rundir import write_atomically
 from train.summary import clock, si
 
@@ -40,8 +40,8 @@ def page(rows: Sequence[Row]) -> str:
     return "\n".join([*parts, *([] if rows else ["\nNo row yet."])]) + "\n"
 
 
-def write(file: Path = PAGE, rows: Sequence[Row] | None = None) -> None:
-    write_atomically(file, page(read() if rows is None else rows))
+def write() -> None:
+    write_atomically(ledger.PAGE, page(ledger.read()))
 
 
 def _table(header: Sequence[str], rows: Iterator[Sequence[str]]) -> list[str]:

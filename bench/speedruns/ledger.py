@@ -74,9 +74,9 @@ class Row:
         return None
 
 
-def read(file: Path = RESULTS) -> list[Row]:
+def read() -> list[Row]:
     """Raises ValueError where a row is none, with its number."""
-    rows = []
+    rows, file = [], RESULTS
     for number, values in enumerate(json.loads(file.read_text()) if file.is_file() else [], start=1):
         try:
             lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
@@ -91,21 +91,21 @@ def read(file: Path = RESULTS) -> list[Row]:
     return rows
 
 
-def add(row: Row, file: Path = RESULTS) -> None:
+def add(row: Row) -> None:
     """Writes `row` below those there are.
 
     Raises:
       ValueError: the same seeds of the same configuration and commit on the same device are there already.
     """
-    rows = read(file)
+    rows = read()
     for number, other in enumerate(rows, start=1):
         if _measured(other) == _measured(row):
             raise ValueError(
-                f"{file.name}: row {number} has these seeds of {row.entry} at commit {row.commit} already. A row is not"
-                " measured until it is fast: change something, commit it, and submit that."
+                f"{RESULTS.name}: row {number} has these seeds of {row.entry} at commit {row.commit} already. A row"
+                " is not measured until it is fast: change something, commit it, and submit that."
             )
     text = json.dumps([asdict(one) for one in [*rows, row]], indent=1, ensure_ascii=False)
-    write_atomically(file, f"{text}\n")
+    write_atomically(RESULTS, f"{text}\n")
 
 
 def _measured(row: Row) -> tuple[object, ...]:
@@ -138,7 +138,7 @@ def commit_of_clean_tree(root: Path = ROOT) -> str:
     Raises:
       ValueError: files differ from it, or there is none: then nobody could run it again.
     """
-    ours = [f":!{file.relative_to(ROOT)}" for file in (RESULTS, PAGE)]
+    ours = [f":!{file}" for file in ("bench/speedruns/results.json", "docs/reports/speedruns.md")]
     try:
         changed = _git(root, "status", "--porcelain", "--", ".", *ours)
         head = _git(root, "rev-parse", "--short", "HEAD").strip()

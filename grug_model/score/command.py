@@ -75,7 +75,7 @@ def score(options: argparse.Namespace, flags: list[str]) -> Card:
     """
     configs = _configurations(options, flags)
     topology = _topology(options.tpu)
-    costs = {variant: _cost(variant, config, options, topology) for variant, config in configs.items()}
+    costs = {variant: _cost(variant, options, flags, topology) for variant in options.variants}
     tests = contract.contracts(options.variants) if not options.no_tests else {}
     left_out = contract.Contract(not_run="left out with --no-tests")
     found = _train(configs, options.seeds)
@@ -120,19 +120,26 @@ def _configurations(options: argparse.Namespace, flags: list[str]) -> dict[str, 
             raise ValueError(
                 f"-- {flag}: this is for the score to set. Name variants, --preset and --steps before the --."
             )
-    configs = {variant: _configuration(variant, options, flags) for variant in variants}
-    for variant in variants:
-        if options.tpu != "none":
-            choose(["--variant", variant, "--preset", options.tpu_preset], Choose())
-        check_fit(configs[variant])
-        configs[variant].optimizer.schedule(configs[variant].trainer.steps)
+    configs = {variant: _configuration(variant, options.preset, options.steps, flags) for variant in variants}
+    for variant, config in configs.items():
+        _compiled(variant, options, flags)
+        check_fit(config)
+        config.optimizer.schedule(config.trainer.steps)
     return configs
 
 
-def _configuration(variant: str, options: argparse.Namespace, flags: list[str]) -> Any:
-    argv = ["--variant", variant, "--preset", options.preset, "--steps", str(options.steps), *flags]
+def _configuration(variant: str, preset: str, steps: int | None, flags: Sequence[str]) -> Any:
+    argv = ["--variant", variant, "--preset", preset, *flags]
+    argv += ["--steps", str(steps)] if steps is not None else []
     chosen, start = choose(argv, Choose())
     return parse(argv, chosen, start, prog="python -m grug_model.score ... --", description="Flags of train.run.")[1]
+
+
+def _compiled(variant: str, options: argparse.Namespace, flags: list[str]) -> tuple[Any, list[str]]:
+    """The launch configuration that is compiled for the TPU, and its flags: where it is the preset that is trained, the
+    same; another one is compiled as it is."""
+    flags = flags if options.tpu_preset == options.preset else []
+    return _configuration(variant, options.tpu_preset, None, flags), flags
 
 
 def _topology(tpu: str) -> str | None:
@@ -150,13 +157,15 @@ def _topology(tpu: str) -> str | None:
         return None
 
 
-def _cost(variant: str, config: Any, options: argparse.Namespace, topology: str | None) -> cost.Cost:
+def _cost(variant: str, options: argparse.Namespace, flags: list[str], topology: str | None) -> cost.Cost:
+    preset = options.tpu_preset
+    config, flags = _compiled(variant, options, flags)
     if topology is not None:
-        say(f"score: compiling {variant}, preset {options.tpu_preset}, for {topology}")
-        return cost.measure(variant, options.tpu_preset, topology)
+        say(f"score: compiling {variant}, preset {preset}, for {topology}")
+        return cost.measure(variant, preset, config, topology, flags)
     why = "left out with --tpu none" if options.tpu == "none" else cost.NOT_COMPILED
     say(f"score: {variant} is not compiled for a TPU: {why}")
-    return cost.Cost(options.tpu, options.preset, cost.count_parameters(variant, config), not_measured=why)
+    return cost.Cost(options.tpu, preset, cost.count_parameters(variant, config), not_measured=why)
 
 
 def _train(configs: dict[str, Any], seeds: int) -> dict[str, list[runs.SeedRun]]:

@@ -36,15 +36,15 @@ class Contract:
         )
 
 
-def contracts(variants: Sequence[str], tests: Path = TESTS) -> dict[str, Contract]:
+def contracts(variants: Sequence[str]) -> dict[str, Contract]:
     """Of each variant; what pytest prints goes to stderr."""
-    if not tests.is_file():
-        return dict.fromkeys(variants, Contract(not_run=f"there is no {tests.name} here: it comes with the repository"))
+    if not TESTS.is_file():
+        return dict.fromkeys(variants, Contract(not_run=f"there is no {TESTS.name} here: it comes with the repository"))
     if importlib.util.find_spec("pytest") is None:
         return dict.fromkeys(variants, Contract(not_run="pytest is not installed: uv sync"))
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", str(tests), "-q", "-k", " or ".join(variants)]
+        command = [sys.executable, "-m", "pytest", str(TESTS), "-q", "-k", " or ".join(variants)]
         ended = subprocess.run([*command, "--junitxml", str(report)], cwd=ROOT, stdout=sys.stderr, check=False)
         if ended.returncode not in (0, 1) or not report.is_file():
             return dict.fromkeys(

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,26 +42,27 @@ class Cost:
     not_measured: str | None = None
 
 
-def measure(variant: str, preset: str, tpu: str) -> Cost:
-    """Compiles the variant's preset for `tpu`, or reads what that gave when nothing it depends on was different.
+def measure(variant: str, preset: str, config: Any, tpu: str, flags: Sequence[str] = ()) -> Cost:
+    """Compiles `config` for `tpu`, or reads what that gave when nothing it depends on was different.
+
+    config: the launch configuration that `preset` and `flags` make, which is what train.plan is told.
 
     Raises:
       ValueError: it was not understood, as a batch that the devices do not divide; what is wrong has been printed.
     """
-    config = importlib.import_module(f"grug_model.{variant}.launch").PRESETS[preset]
     file = COMPILED / f"{variant}-{_digest(variant, config, tpu)}.json"
     if file.is_file():
         return Cost(**json.loads(file.read_text()))
-    found = Cost(tpu, preset, count_parameters(variant, config), **_planned(variant, preset, tpu))
+    found = Cost(tpu, preset, count_parameters(variant, config), **_planned(variant, preset, tpu, flags))
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps(dataclasses.asdict(found), indent=1))
     return found
 
 
-def _planned(variant: str, preset: str, tpu: str) -> dict[str, Any]:
+def _planned(variant: str, preset: str, tpu: str, flags: Sequence[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "plan.json"
-        command = [sys.executable, "-m", "train.plan", "--variant", variant, "--preset", preset, "--tpu", tpu]
+        command = [sys.executable, "-m", "train.plan", "--variant", variant, "--preset", preset, "--tpu", tpu, *flags]
         ended = subprocess.run([*command, "--json", str(file)], cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
         if not file.is_file():
             raise ValueError(

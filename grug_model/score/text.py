@@ -15,8 +15,8 @@ WIDTH = 100
 def card_text(card: Card) -> str:
     title = f"{card.title}: {card.steps} steps of {card.preset}, seeds {', '.join(map(str, card.seeds))}"
     lines = [f"── {title} ".ljust(WIDTH, "─")]
-    for variant, verdict in card.verdicts.items():
-        lines += textwrap.wrap(verdict, WIDTH, initial_indent="" if len(card.rows) == 2 else f"{variant}: ")
+    for verdict in card.verdicts.values():
+        lines += textwrap.wrap(verdict, WIDTH)
     lines += ["", aligned(*wins(card)), "", aligned(*costs(card))]
     for note in notes(card):
         lines += textwrap.wrap(f"note: {note}", WIDTH)

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m grug_model.score` and a speedrun's entry from the command line to the page, at a size tests can afford."""
+
+import contextlib
+import importlib
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.speedruns import entry, ledger
+from bench.speedruns.tracks import Track
+from bench.tpu.topology import LIBTPU_IS_MISSING, has_libtpu
+from grug_model.score import contract, cost, last_scores, main, runs
+from tests.bench.plan_cases import FLAGS as PLAN_FLAGS
+from tests.train.tiny import FLAGS, Ended
+from train.data import DataConfig
+from train.history import read_history
+from train.run import Choose, choose, parse
+
+pytestmark = pytest.mark.usefixtures("folder")
+STEPS = 4
+TINY = [str(part) for name, value in FLAGS.items() if name != "--steps" for part in (name, value)]
+SMALL = ["--seeds", "2", "--steps", str(STEPS), "--tpu", "none"]
+
+
+def score(*argv: str) -> Ended:
+    """`python -m grug_model.score argv...` in this process."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), pytest.raises(SystemExit) as ended:
+        main(list(argv))
+    return Ended(ended.value.code, said.getvalue())
+
+
+@pytest.fixture(scope="module")
+def scored(folder) -> Ended:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contract, "TESTS", Path("nowhere/test_contracts.py"))
+        return score("base", "attn_sink", *SMALL, "--", *TINY)
+
+
+def the_score() -> dict:
+    [file] = Path("runs/scores").glob("*-base-attn_sink.json")
+    return json.loads(file.read_text())
+
+
+def test_it_trains_each_variant_with_each_seed_and_says_what_came_of_it(scored):
+    assert scored.code == 0, scored.text
+    found = the_score()
+    assert found["seeds"] == [0, 1]
+    for variant in ("base", "attn_sink"):
+        for run in found["rows"][variant]["runs"]:
+            history = read_history(run["path"])
+            assert run["loss"] == history.rows[STEPS]["eval/loss"]
+            assert run["bits_per_byte"] == history.rows[STEPS]["eval/macro_bpb"]
+            assert run["flops_per_token"] == history.summary["throughput/flops_per_token_analytic"]
+    losses = {variant: [run["loss"] for run in row["runs"]] for variant, row in found["rows"].items()}
+    assert len({*losses["base"], *losses["attn_sink"]}) == 4
+    apart = [after - before for before, after in zip(losses["base"], losses["attn_sink"], strict=True)]
+    assert found["differences"]["attn_sink"]["mean"] == pytest.approx(sum(apart) / 2)
+    assert (
+        found["rows"]["attn_sink"]["parameters"] - found["rows"]["base"]["parameters"] == 2 * FLAGS["--model.num-heads"]
+    )
+    assert found["verdicts"]["attn_sink"] in " ".join(scored.text.split())
+    assert last_scores()["attn_sink"]["loss"] == pytest.approx(sum(losses["attn_sink"]) / 2)
+    assert "contract tests not run: there is no test_contracts.py here" in scored.text
+    assert "cost on a TPU not measured: left out with --tpu none" in scored.text
+    assert Path(found["page"]).read_text().count("<svg") == 3
+
+
+def test_seeds_differ_and_variants_see_the_same_batches(scored):
+    configs = {}
+    for variant, row in the_score()["rows"].items():
+        for run in row["runs"]:
+            config = json.loads((Path(run["path"]) / "config.json").read_text())["config"]
+            configs[variant, config["trainer"]["seed"]] = config
+    assert sorted(configs) == [("attn_sink", 0), ("attn_sink", 1), ("base", 0), ("base", 1)]
+    for seed in (0, 1):
+        ours, theirs = configs["base", seed], configs["attn_sink", seed]
+        assert (ours["trainer"], ours["data"]) == (theirs["trainer"], theirs["data"])
+
+
+def test_what_is_finished_is_not_done_again(scored, monkeypatch):
+    """One of the four runs is without its end; it alone is started again."""
+    left = Path(the_score()["rows"]["base"]["runs"][1]["path"])
+    (left / "summary.json").unlink()
+    launch = importlib.import_module("grug_model.base.launch")
+    started, run = [], launch.run
+    monkeypatch.setattr(launch, "run", lambda config: (started.append(config.output_path), run(config)))
+    monkeypatch.setattr("grug_model.attn_sink.launch.run", None)
+    before = the_score()
+    ended = score("base", "attn_sink", *SMALL, "--no-tests", "--", *TINY)
+    assert ended.code == 0, ended.text
+    assert started == [str(left)]
+    assert ended.text.count(", finished before") == 3
+    assert "note: contract tests not run: left out with --no-tests" in ended.text
+    after = json.loads(max(Path("runs/scores").glob("*.json")).read_text())
+    assert after["differences"] == before["differences"]
+
+
+def configuration(**changed: object):
+    argv = ["--variant", "array_stacked", *TINY, *(str(part) for pair in changed.items() for part in pair)]
+    chosen, start = choose(argv, Choose())
+    return parse(argv, chosen, start, prog="", description="")[1]
+
+
+def test_a_variant_that_diverges_has_failed_and_has_no_loss():
+    config = configuration(**{"--steps": STEPS, "--optimizer.learning-rate": 1e30})
+    run = runs.train("array_stacked", runs.named("array_stacked", config, 3))
+    assert run.loss is None
+    assert "not finite" in run.failure or "is inf" in run.failure or "is nan" in run.failure
+    assert (run.seed, "seed3" in run.path) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["base"], ["name a baseline and what is held against it"]),
+        (["base", "base"], ["each once"]),
+        (["base", "no_such"], ["there is no grug_model/no_such/launch.py", "array_stacked, attn_sink, base"]),
+        (["base", "attn_sink", "--seeds", "1"], ["--seeds 1", "Choose 2 or more"]),
+        (["base", "attn_sink", "--preset", "900b"], ["--preset 900b: base has no such preset"]),
+        (["base", "attn_sink", "--tpu-preset", "900b"], ["--preset 900b: base has no such preset"]),
+        (["base", "attn_sink", "--tpu", "v9"], ["'v9' is no TPU that can be compiled for. Chips are v4, v5e, v5p"]),
+        (["base", "attn_sink", "--steps", "0"], ["steps=0; it is at least 1"]),
+        (["base", "attn_sink", "--steps", "20"], ["warmup_steps=20 is not below steps=20"]),
+        (["base", "attn_sink", "--", "--trainer.seed", "3"], ["-- --trainer.seed: this is for the score to set"]),
+        (["base", "attn_sink", "--", "--run_id=x"], ["-- --run_id=x: this is for the score to set"]),
+        (["base", "attn_sink", "--", "--trainer.seq-len", "512"], ["seq_len=512 is longer than model.max_seq_len=256"]),
+        (["base", "attn_sink", "--", "--no-such-flag", "1"], ["no-such-flag"]),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_run(argv, parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ended = score(*argv)
+    assert ended.code == 2, ended.text
+    assert "Traceback" not in ended.text
+    for part in parts:
+        assert part in " ".join(ended.text.split()), ended.text
+    assert not any(tmp_path.iterdir())
+
+
+def test_without_libtpu_it_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr("bench.tpu.topology.has_libtpu", lambda: False)
+    monkeypatch.setattr("grug_model.score.command._train", lambda configs, seeds: pytest.skip("reached"))
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), pytest.raises(pytest.skip.Exception, match="reached"):
+        main(["base", "attn_sink", "--no-tests"])
+    assert "base is not compiled for a TPU: libtpu" in said.getvalue()
+    assert "uv sync --extra tpu" in said.getvalue()
+
+
+@pytest.mark.skipif(not has_libtpu(), reason=LIBTPU_IS_MISSING)
+def test_a_step_is_compiled_once(monkeypatch):
+    flags = ["--trainer.batch-size" if flag == "--batch" else flag for flag in PLAN_FLAGS[1:]]
+    argv = ["--variant", "array_stacked", "--preset", "130m", *flags]
+    chosen, start = choose(argv, Choose())
+    config = parse(argv, chosen, start, prog="", description="")[1]
+    found = cost.measure("array_stacked", "130m", config, "v5p:2x2x1", flags)
+    assert found.refused is None
+    assert found.step_seconds > 0
+    assert found.hbm_bytes > found.temporaries_bytes > 0
+    assert found.compile_cpu_seconds > 0
+    d, f, v = 128, 384, 1024
+    assert found.parameters == 2 * (4 * d * d + 3 * d * f + 2 * d) + 2 * v * d + d
+    monkeypatch.setattr(cost, "_planned", None)
+    assert cost.measure("array_stacked", "130m", config, "v5p:2x2x1", flags) == found
+    with pytest.raises(TypeError):  # another configuration is not read from there
+        cost.measure("array_stacked", "130m", config, "v6e:2x2", flags)
+
+
+def test_a_speedrun_from_its_seeds_to_the_page(tmp_path, monkeypatch):
+    track = Track("tiny", target=6.9, data=DataConfig(vocab_size=1024), eval_examples=8)
+    config = configuration(**{"--steps": 6, "--optimizer.learning-rate": 1e-2})
+    race = entry.Entry("tiny-run", {"array_stacked": config}, track, on_laptop=True)
+    page = tmp_path / "speedruns.md"
+    monkeypatch.setattr(ledger, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(ledger, "PAGE", page)
+    monkeypatch.setattr(ledger, "commit_of_clean_tree", lambda: "abc1234")
+    entry.main(race, ["--seeds", "3", "--submit", "--note", "of a test"])
+    [row] = ledger.read()
+    assert (row.entry, row.variant, row.commit, row.seeds, row.note) == (
+        "tiny-run",
+        "array_stacked",
+        "abc1234",
+        (0, 1, 2),
+        "of a test",
+    )
+    assert row.tokens == 6 * 8 * 32
+    for seed, (loss, seconds, wall) in enumerate(zip(row.losses, row.training_seconds, row.wall_seconds, strict=True)):
+        [path] = Path("runs").glob(f"tiny-run-array_stacked-*-seed{seed}")
+        assert loss == read_history(path).rows[6]["eval/loss"]
+        assert 0 < seconds < wall
+    assert len(set(row.losses)) == 3
+    assert "tiny-run (array_stacked)" in page.read_text()
+    with pytest.raises(SystemExit) as again:
+        entry.main(race, ["--seeds", "3", "--submit"])
+    assert again.value.code == 2
+    assert len(ledger.read()) == 1
