@@ -5,6 +5,7 @@ import argparse
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -187,9 +188,5 @@ def device() -> str:
     if jax.default_backend() != "cpu":
         return f"{count} × {kind}"
     info = Path("/proc/cpuinfo")
-    models = (
-        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.is_file()
-        else []
-    )
-    return f"{os.cpu_count()} cores of {models[0] if models else platform.machine()}"
+    model = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
+    return f"{os.cpu_count()} cores of {model[1] if model else platform.machine()}"

@@ -73,14 +73,15 @@ def score(options: argparse.Namespace, flags: list[str]) -> Card:
     Raises:
       ValueError: something in the options is wrong; nothing has been run.
     """
+    from bench.timing import commit
+
     configs = _configurations(options, flags)
+    made_with = commit()  # before anything is edited while it runs
     topology = _topology(options.tpu)
     costs = {variant: _cost(variant, options, flags, topology) for variant in options.variants}
     tests = contract.contracts(options.variants) if not options.no_tests else {}
     left_out = contract.Contract(not_run="left out with --no-tests")
     found = _train(configs, options.seeds)
-    from bench.timing import commit
-
     return Card(
         rows=tuple(
             Row(
@@ -98,7 +99,7 @@ def score(options: argparse.Namespace, flags: list[str]) -> Card:
         seeds=tuple(range(options.seeds)),
         flags=tuple(flags),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        commit=commit(),
+        commit=made_with,
     )
 
 

@@ -143,9 +143,13 @@ def test_what_is_wrong_is_said_before_anything_is_run(argv, parts, tmp_path, mon
 
 def test_without_libtpu_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr("bench.tpu.topology.has_libtpu", lambda: False)
-    monkeypatch.setattr("grug_model.score.command._train", lambda configs, seeds: pytest.skip("reached"))
     said = io.StringIO()
-    with contextlib.redirect_stderr(said), pytest.raises(pytest.skip.Exception, match="reached"):
+
+    def reached(configs, seeds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("grug_model.score.command._train", reached)
+    with contextlib.redirect_stderr(said), pytest.raises(SystemExit, match="130"):
         main(["base", "attn_sink", "--no-tests"])
     assert "base is not compiled for a TPU: libtpu" in said.getvalue()
     assert "uv sync --extra tpu" in said.getvalue()
