@@ -87,10 +87,7 @@ def _tiles(card: Card) -> str:
 def _curves(card: Card) -> list[str]:
     """Training loss of every variant, faintly by seed, and how far each is from the baseline, smoothed."""
     rows = card.rows[:COLORS]
-    losses = {
-        row.variant: [smooth(read_history(run.path).series("train/loss")) for run in row.runs if not run.failure]
-        for row in rows
-    }
+    losses = {row.variant: [_losses(run.path) for run in row.runs if not run.failure] for row in rows}
     faint = [Line("", points, i, faint=True) for i, row in enumerate(rows) for points in losses[row.variant]]
     means = [Line(row.variant, _mean(losses[row.variant]), i) for i, row in enumerate(rows)]
     base = losses[card.base.variant]
@@ -107,6 +104,10 @@ def _curves(card: Card) -> list[str]:
     ]
 
 
+def _losses(path: str) -> Points:
+    return smooth([(float(step), loss) for step, loss in read_history(path).series("train/loss")])
+
+
 def _mean(curves: Sequence[Points]) -> Points:
     """Where all of them have a value."""
     return [(points[0][0], fmean(y for _, y in points)) for points in zip(*curves, strict=False)] if curves else []
@@ -117,10 +118,11 @@ def _apart(base: Points, other: Points) -> Points:
 
 
 def _runs(card: Card) -> str:
+    """The reasons of failures are among the notes."""
     rows = []
     for row in card.rows:
         for run in row.runs:
             loss, bits = (f"{value:.4f}" if value is not None else "–" for value in (run.loss, run.bits_per_byte))
             link = Markup(f"<code>{escape(run.path)}</code>")
-            rows.append((row.variant, str(run.seed), loss, bits, run.failure or "", link))
-    return table(rows, ("variant", "seed", "loss", "bits per byte", "failed", "folder"))
+            rows.append((row.variant, str(run.seed), "failed" if run.failure else loss, bits, link))
+    return table(rows, ("variant", "seed", "loss", "bits per byte", "folder"))

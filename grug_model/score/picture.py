@@ -8,7 +8,7 @@ from train.plot import COLORS, LEFT, RIGHT, Scale, tick_label
 
 from .card import Card, Row
 
-WIDTH, TOP, BOTTOM, ROW = 1010, 62, 40, 64
+WIDTH, TOP, BOTTOM, ROW = 1010, 62, 26, 64
 NAMES = LEFT + 90  # where the points begin, right of the variants' names
 
 

@@ -120,5 +120,5 @@ def read(seed: int, path: Path) -> SeedRun:
         loss=facts["loss"]["eval"]["last"]["value"],
         bits_per_byte=facts["bits_per_byte"]["last"]["value"],
         tokens_per_second=throughput.get("tokens_per_second"),
-        flops_per_token=read_history(path).summary["throughput/flops_per_token_analytic"],
+        flops_per_token=float(read_history(path).summary["throughput/flops_per_token_analytic"]),
     )

@@ -29,7 +29,10 @@ def wins(card: Card) -> tuple[Sequence[str], list[Sequence[str]]]:
     rows = []
     for row in card.rows:
         found = card.differences.get(row.variant)
-        against = (plus_minus(found.mean, found.half_width, sign=True), p_text(found.p)) if found else ("–", "–")
+        against = ("–", "–")
+        if found:
+            p = p_text(found.p).removeprefix("p ").removeprefix("= ")
+            against = (plus_minus(found.mean, found.half_width, sign=True), p)
         contract = "not run" if row.contract.not_run else str(row.contract)
         rows.append((row.variant, _mean(row, "loss"), _mean(row, "bits_per_byte"), *against, contract))
     return header, rows

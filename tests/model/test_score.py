@@ -78,7 +78,7 @@ def test_more_seeds_than_anybody_would_take_are_none():
 def test_under_a_target_is_scipys_one_sided_test():
     losses = [4.9, 4.8, 4.7]
     assert p_below(losses, 5.0) == pytest.approx(scipy.ttest_1samp(losses, 5.0, alternative="less").pvalue)
-    assert p_below(losses, 4.6) == pytest.approx(scipy.ttest_1samp(losses, 4.6, alternative="less").pvalue) > 0.9
+    assert p_below(losses, 4.6) == pytest.approx(scipy.ttest_1samp(losses, 4.6, alternative="less").pvalue)
     assert (p_below([4.0, 4.0], 5.0), p_below([5.0, 5.0], 5.0), p_below([6.0, 6.0], 5.0)) == (0, 0.5, 1)
 
 
@@ -248,7 +248,9 @@ def test_the_ledger_has_the_last_row_of_each_variant(scored, tmp_path, caplog):
     folder = tmp_path / "scores"
     assert last_scores(folder) == {}
     page = keep(scored, folder)
-    later = card(row("base", [3.0, 3.1, 3.2]), row("mine", ["failed"] * 3, cost=COST, step_seconds=None))
+    later = card(
+        row("base", [3.0, 3.1, 3.2], folder=str(tmp_path)), row("mine", ["failed"] * 3, cost=COST, step_seconds=None)
+    )
     object.__setattr__(later, "date", "2026-11-23T07:00:00+00:00")
     keep(later, folder)
     (folder / "2026-99.json").write_text("{half a")
