@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Statistics, verdicts, contract tests, page and ledger of a score; tests/train/test_score_command.py has the rest."""
 
+import dataclasses
 import json
 import logging
 import re
@@ -8,6 +9,7 @@ import re
 import pytest
 from scipy import stats as scipy
 
+from grug_model.base.launch import PRESETS
 from grug_model.score import contract, last_scores, runs
 from grug_model.score.card import plus_minus
 from grug_model.score.contract import Contract, contracts
@@ -170,6 +172,19 @@ def test_a_run_belongs_to_the_sources_it_was_made_with(tmp_path, monkeypatch):
     assert sources_digest(("grug_model",)) == before
     file.write_text("x = 2\n")
     assert sources_digest(("grug_model",)) != before
+
+
+def test_a_run_is_named_after_configuration_sources_and_seed(monkeypatch):
+    config = PRESETS["laptop"]
+    longer = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, steps=300))
+    first, second = (runs.named("base", config, seed) for seed in (0, 1))
+    assert (first.trainer.seed, second.trainer.seed) == (0, 1)
+    assert first.run_id.removesuffix("0") == second.run_id.removesuffix("1")
+    assert first.output_path == f"runs/{first.run_id}"
+    others = [runs.digest("base", longer), runs.digest("attn_sink", config)]
+    monkeypatch.setattr(runs, "sources_digest", lambda folders: "".join(folders))
+    others.append(runs.digest("base", config))
+    assert len({first.run_id.split("-")[2], *others}) == 4
 
 
 CONTRACTS = """
