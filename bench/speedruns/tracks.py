@@ -35,5 +35,6 @@ class Track:
             )
 
 
-# Python's own texts and a tokenizer of 4096 tokens made of them: what every installation has.
-PYTHON_TEXTS = Track("python-texts", target=5.0)
+# Python's own texts and a tokenizer of 4096 tokens made of them: what every installation has. The target is from
+# 2026-11-22: the starter's first three seeds ended at 5.558, 5.553 and 5.512.
+PYTHON_TEXTS = Track("python-texts", target=5.7)
