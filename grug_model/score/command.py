@@ -79,8 +79,7 @@ def score(options: argparse.Namespace, flags: list[str]) -> Card:
     made_with = commit()  # before anything is edited while it runs
     topology = _topology(options.tpu)
     costs = {variant: _cost(variant, options, flags, topology) for variant in options.variants}
-    tests = contract.contracts(options.variants) if not options.no_tests else {}
-    left_out = contract.Contract(not_run="left out with --no-tests")
+    tests = _tests(options)
     found = _train(configs, options.seeds)
     return Card(
         rows=tuple(
@@ -89,7 +88,7 @@ def score(options: argparse.Namespace, flags: list[str]) -> Card:
                 config_hash=hash_of(variant, config),
                 parameters=cost.count_parameters(variant, config),
                 runs=tuple(found[variant]),
-                contract=tests.get(variant, left_out),
+                contract=tests[variant],
                 cost=costs[variant],
             )
             for variant, config in configs.items()
@@ -167,6 +166,13 @@ def _cost(variant: str, options: argparse.Namespace, flags: list[str], topology:
     why = "left out with --tpu none" if options.tpu == "none" else cost.NOT_COMPILED
     say(f"score: {variant} is not compiled for a TPU: {why}")
     return cost.Cost(options.tpu, preset, cost.count_parameters(variant, config), not_measured=why)
+
+
+def _tests(options: argparse.Namespace) -> dict[str, contract.Contract]:
+    if options.no_tests:
+        return dict.fromkeys(options.variants, contract.Contract(not_run="left out with --no-tests"))
+    say(f"score: contract tests of {', '.join(options.variants)}")
+    return contract.contracts(options.variants)
 
 
 def _train(configs: dict[str, Any], seeds: int) -> dict[str, list[runs.SeedRun]]:
