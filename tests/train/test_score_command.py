@@ -23,7 +23,8 @@ from train.run import Choose, choose, parse
 
 pytestmark = pytest.mark.usefixtures("folder")
 STEPS = 4
-TINY = [str(part) for name, value in FLAGS.items() if name != "--steps" for part in (name, value)]
+ONCE = {"--eval.every": 100, "--checkpoint.every": 100}  # at the end alone
+TINY = [str(part) for name, value in (FLAGS | ONCE).items() if name != "--steps" for part in (name, value)]
 SMALL = ["--seeds", "2", "--steps", str(STEPS), "--tpu", "none"]
 
 
