@@ -19,6 +19,10 @@ ALLOWED = {
     "grug_model/*/model.py": ({"grug_kernels"}, {"jax", "jaxtyping", "equinox", "numpy"}),
     # The tools of the workflow, which no variant imports.
     "grug_model/*.py": ({"grug_kernels", "grug_model", "train"}, {"jax"}),
+    # Tools beside the variants. The command asks bench for the chips there are and for the commit, lazily.
+    "grug_model/score/command.py": ({"bench", "train"}, set()),
+    "grug_model/score/stats.py": (set(), {"scipy"}),
+    "grug_model/score": ({"train"}, {"jax"}),
     "grug_model": ({"grug_kernels", "train"}, {"jax", "jaxtyping", "equinox", "optax", "numpy"}),
     # An entry point, which no service imports: see docs/decisions/0006-plan-is-an-entry-point.md.
     "train/plan.py": ({"bench", "train"}, set()),
