@@ -18,6 +18,7 @@ from typing import Any
 from train.command import errors_explained
 from train.run import Choose, choose, parse
 from train.rundir import check_fit, hash_of, say
+from train.stopping import catch_signals
 
 from . import contract, cost, runs
 from .card import Card, Row
@@ -78,8 +79,9 @@ def score(options: argparse.Namespace, flags: list[str]) -> Card:
     configs = _configurations(options, flags)
     made_with = commit()  # before anything is edited while it runs
     topology = _topology(options.tpu)
-    costs = {variant: _cost(variant, options, flags, topology) for variant in options.variants}
-    tests = _tests(options)
+    with catch_signals():  # what it waits for in another process ends with this one
+        costs = {variant: _cost(variant, options, flags, topology) for variant in options.variants}
+        tests = _tests(options)
     found = _train(configs, options.seeds)
     return Card(
         rows=tuple(
