@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from bench.timing import Compiled
-from train.mesh import create_mesh
+from train.mesh import BATCH_AXES, create_mesh
 
 
 class Mask(NamedTuple):
@@ -46,7 +46,7 @@ def laptop_step(variant: str, *, model: Callable[[Any], Any] = lambda cfg: cfg) 
 def random_batch(batch_size: int, seq_len: int, vocab_size: int) -> Example:
     """One document a row."""
     tokens = jax.random.randint(jax.random.key(1), (batch_size, seq_len), 0, vocab_size, jnp.int32)
-    tokens = jax.device_put(tokens, P(("replica_dcn", "data"), None))
+    tokens = jax.device_put(tokens, P(BATCH_AXES, None))
     segments = jnp.zeros_like(tokens)
     return Example(tokens, jnp.ones_like(tokens, jnp.float32), Mask((segments, segments)))
 

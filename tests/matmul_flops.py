@@ -4,6 +4,7 @@
 import math
 
 from jax.extend import core
+from jax.lax import RaggedDotDimensionNumbers
 
 
 def matmul_flops(closed: core.ClosedJaxpr) -> int:
@@ -18,9 +19,18 @@ def _flops(jaxpr) -> int:
             (contracted, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape
             total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+        if equation.primitive.name == "ragged_dot_general":
+            total += _grouped(*(variable.aval.shape for variable in equation.invars[:2]), **equation.params)
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
         total += times * sum(_flops(inner) for inner in _inner(equation.params.values()))
     return total
+
+
+def _grouped(left, right, *, ragged_dot_dimension_numbers: RaggedDotDimensionNumbers, **_) -> int:
+    """Of rows each of which is in one group: multiplied with that group's matrix alone, or added to its gradient."""
+    (_, contracted), (_, batched) = ragged_dot_dimension_numbers.dot_dimension_numbers
+    shared = {*contracted, *batched, *ragged_dot_dimension_numbers.rhs_group_dimensions}
+    return 2 * math.prod(left) * math.prod(size for axis, size in enumerate(right) if axis not in shared)
 
 
 def _inner(values):

@@ -24,6 +24,9 @@ class GrugTrainerConfig:
     seed: int = 0
     # Devices that share each layer (tensor parallelism); the others share the batch.
     model_axis: int = 1
+    # Of those that share the batch, how many share a layer's experts, too (expert parallelism); of use to a variant
+    # that has some.
+    expert_axis: int = 1
     # State that lives in the host's memory between two updates, for a model that needs the device's; costs its copies.
     offload: Offload = "none"
     # Losses stay on the device between two of these steps.
@@ -41,7 +44,7 @@ class GrugTrainerConfig:
     require_kernels: Annotated[bool, tyro.conf.arg(aliases=["--require-kernels"])] = False
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "seq_len", "model_axis", "log_every"):
+        for name in ("steps", "batch_size", "seq_len", "model_axis", "expert_axis", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"GrugTrainerConfig: {name}={getattr(self, name)}; it is at least 1.")
         if self.stall_minutes is not None and self.stall_minutes <= 0:

@@ -25,6 +25,7 @@ from train import lev
 from train.batches import TrainSequences, skipped_ranges
 from train.corpus import COMPONENTS, Corpus, CorpusComponent, build_corpus, python_documents
 from train.data_config import DataConfig, cache_directory, components_of, tag_of, weight_stages
+from train.mesh import BATCH_AXES, batch_shards
 from train.mixture import check_blocks, trained_on
 from train.sources import Source
 from train.token_cache import (
@@ -41,9 +42,6 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 log = logging.getLogger(__name__)
-
-# Mesh axes that share the sequences of a batch.
-BATCH_AXES = ("replica_dcn", "data")
 
 
 @dataclass(frozen=True)
@@ -220,11 +218,11 @@ def build_train_loader(dataset: Any, mesh: "Mesh", batch_size: int):
 
 def check_batch_size(batch_size: int, mesh: "Mesh") -> None:
     """Raises ValueError unless every data shard of `mesh` gets the same number of sequences."""
-    shards = mesh.shape["replica_dcn"] * mesh.shape["data"]
-    if batch_size % shards:
+    if batch_size % (shards := batch_shards(mesh)):
+        axes = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in BATCH_AXES)
         raise ValueError(
-            f"data: batch_size={batch_size} is not a multiple of the mesh's {shards} data shards (replica_dcn"
-            f" {mesh.shape['replica_dcn']} x data {mesh.shape['data']}): choose a multiple of it, or fewer shards."
+            f"data: batch_size={batch_size} is not a multiple of the mesh's {shards} data shards ({axes}): choose a"
+            " multiple of it, or fewer shards."
         )
 
 

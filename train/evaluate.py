@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from train import lev
-from train.data import BATCH_AXES, DataConfig, PreparedData, build_validation_sets, check_batch_size
+from train.data import DataConfig, PreparedData, build_validation_sets, check_batch_size
 from train.harness import HarnessConfig
+from train.mesh import BATCH_AXES
 from train.stall import beating
 
 if TYPE_CHECKING:

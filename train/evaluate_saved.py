@@ -21,6 +21,7 @@ from train import lev
 from train.command import errors_explained
 from train.data import cache_directory
 from train.evaluate import build_tagged_evaluator
+from train.mesh import batch_shards
 from train.progress import phase
 from train.rundir import say, write_atomically
 from train.saved import Saved, Weights, load_weights, open_saved
@@ -103,7 +104,7 @@ def evaluate(options: Options) -> dict[str, Any]:
 
 def _batch_size(saved: Saved) -> int:
     """That of the run, or the next above it that this machine's devices can share."""
-    asked, shards = saved.config.trainer.batch_size, saved.mesh.shape["replica_dcn"] * saved.mesh.shape["data"]
+    asked, shards = saved.config.trainer.batch_size, batch_shards(saved.mesh)
     batch_size = -(-asked // shards) * shards
     if batch_size != asked:
         say(f"batches of {batch_size} sequences, where the run had {asked}: {shards} devices share them here")

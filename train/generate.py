@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from train.data import BATCH_AXES
+from train.mesh import BATCH_AXES, batch_shards
 from train.sample import Sampling
 
 
@@ -41,8 +41,7 @@ def generate(
             f"sample: prompts have {', '.join(str(len(prompt)) for prompt in prompts)} tokens. A prompt has at least 1,"
             f" and the model reads {window} with those it writes (max_seq_len): at most {window - 1}."
         )
-    mesh = jax.sharding.get_abstract_mesh().shape
-    shards = mesh["replica_dcn"] * mesh["data"]
+    shards = batch_shards(jax.sharding.get_abstract_mesh())
     rows = -(-len(prompts) // shards) * shards  # each shard takes an equal share: prompts are repeated
     tokens = np.full((rows, prompt_len), eos_id, np.int32)
     ends = np.empty(rows, np.int32)

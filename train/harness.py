@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from train import lev
-from train.data import BATCH_AXES, PreparedData, check_batch_size
+from train.data import PreparedData, check_batch_size
+from train.mesh import BATCH_AXES
 from train.progress import phase
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ import tyro
 
 from train.command import errors_explained
 from train.harness import HarnessConfig, build_harness, check_installed, metrics_of
+from train.mesh import batch_shards
 from train.rundir import say, write_atomically
 
 
@@ -62,7 +63,7 @@ def run(options: Options) -> None:
     from train.saved import open_saved
 
     saved = open_saved(options.checkpoint, weights=options.weights)
-    shards = saved.mesh.shape["replica_dcn"] * saved.mesh.shape["data"]
+    shards = batch_shards(saved.mesh)
     batch_size, seq_len = options.batch_size or -(-8 // shards) * shards, saved.config.trainer.seq_len
     variant = importlib.import_module(f"grug_model.{saved.variant}.train")
     harness = build_harness(cfg, saved.data, seq_len, batch_size, saved.mesh, variant.per_token_scores)

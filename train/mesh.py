@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The device mesh: five explicit axes, all always there, so that a PartitionSpec never has to ask which exist."""
 
+import math
 import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
+    from jax.sharding import AbstractMesh, Mesh
 
 AXES = ("replica_dcn", "data", "context", "expert", "model")
+# Those that share the sequences of a batch. Devices that share a layer's experts each have tokens of their own.
+BATCH_AXES = ("replica_dcn", "data", "expert")
 
 
 def quiet_libtpu() -> None:
@@ -23,15 +26,20 @@ def quiet_libtpu() -> None:
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
+def batch_shards(mesh: "Mesh | AbstractMesh") -> int:
+    """Into how many equal parts a batch is split on `mesh`."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def create_mesh(
     global_batch_size: int, *, replica_dcn: int = 1, context: int = 1, expert: int = 1, model: int = 1
 ) -> "Mesh":
     """A mesh over all devices with axes `AXES`; `data` takes the devices that the other axes leave.
 
-    Batches are split over ("replica_dcn", "data"), weights over "data" and "model".
+    Batches are split over `BATCH_AXES`, weights over "data" and "model", those of experts over "expert", too.
 
     Raises:
-      ValueError: the axes do not divide the devices, or the batch does not divide over ("replica_dcn", "data").
+      ValueError: the axes do not divide the devices, or the batch does not divide over `BATCH_AXES`.
     """
     import jax
     from jax.experimental import mesh_utils
@@ -46,11 +54,11 @@ def create_mesh(
             f" does not divide {devices} devices. Choose axis sizes whose product divides {devices}."
         )
     data = devices // others
-    if global_batch_size % (replica_dcn * data):
+    if global_batch_size % (shards := replica_dcn * data * expert):
         raise ValueError(
-            f"create_mesh: batch_size={global_batch_size} is not a multiple of replica_dcn x data ="
-            f" {replica_dcn * data} ({devices} devices). Each of these takes an equal share of the batch: choose a"
-            f" multiple of {replica_dcn * data}, or fewer devices."
+            f"create_mesh: batch_size={global_batch_size} is not a multiple of replica_dcn x data x expert = {shards}"
+            f" ({devices} devices). Each of these takes an equal share of the batch: choose a multiple of {shards}, or"
+            " fewer devices."
         )
     # An axis may lie along part of a physical one: unless they may be split, 2 x 4 x 2 over a 4 x 4 slice is refused.
     placed = mesh_utils.create_device_mesh((replica_dcn, data, context, expert, model), allow_split_physical_axes=True)

@@ -144,6 +144,13 @@ def check_fit(config: Any) -> None:
             f"trainer.seq_len={config.trainer.seq_len} is longer than model.max_seq_len={config.model.max_seq_len}."
             " Cut the sequences, or train with a larger max_seq_len."
         )
+    experts = getattr(config.model, "num_experts", None)
+    if (experts or 1) % config.trainer.expert_axis:
+        there_are = f"model.num_experts={experts}" if experts else "one MLP, which is all that this variant has"
+        raise ValueError(
+            f"trainer.expert_axis={config.trainer.expert_axis} does not divide {there_are}. Each of its devices holds"
+            " an equal share of a layer's experts: choose a divisor."
+        )
     if config.profile.window and "://" in str(config.output_path):
         raise ValueError(
             f"--profile cannot write to output_path={config.output_path}: the profiler knows local paths only, and"

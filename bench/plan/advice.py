@@ -110,7 +110,7 @@ def _more_chips(s: Situation) -> Iterator[Advice]:
 
 def reckoned_kept(model: Any, rows: int, seq_len: int) -> dict[str, float]:
     """Bytes that all layers keep under each policy but "none": inputs, attention's output and log-sum-exp, and what
-    matmuls gave. Without the padding of tiles.
+    matmuls gave; not those of experts, who knows for how many tokens. Without the padding of tiles.
 
     model: a configuration with the sizes of `grug_model.base`.
     """
@@ -120,10 +120,10 @@ def reckoned_kept(model: Any, rows: int, seq_len: int) -> dict[str, float]:
     attention = positions * model.num_heads * (model.head_dim * wide + 4)
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     matmuls = positions * wide * (heads + 2 * model.intermediate_dim + 2 * model.hidden_dim)
-    return {
+    kept = {
         "offload": 0.0,
         "nested": inputs * 2 / math.sqrt(model.num_layers),
         "full": inputs,
         "save_attention": inputs + attention,
-        "save_matmuls": inputs + attention + matmuls,
     }
+    return kept if hasattr(model, "num_experts") else kept | {"save_matmuls": inputs + attention + matmuls}

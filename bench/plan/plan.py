@@ -2,6 +2,7 @@
 """What a run is going to take on a TPU that is not there: its training step, compiled, and whether it fits."""
 
 import dataclasses
+import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -40,13 +41,13 @@ class Plan:
         return max(0, self.memory.total_bytes - self.limit_bytes) if self.memory else 0
 
     @property
-    def data_axis(self) -> int:
-        return len(self.topology.devices) // self.config.trainer.model_axis
+    def axes(self) -> dict[str, int]:
+        return mesh_axes(self.config.trainer, self.topology)
 
     @property
     def rows(self) -> int:
         """Of the batch, on one device."""
-        return self.config.trainer.batch_size // self.data_axis
+        return self.config.trainer.batch_size // (self.axes["data"] * self.axes["expert"])
 
     @property
     def milliseconds(self) -> dict[str, float]:
@@ -122,11 +123,16 @@ def make_plan(
     """
     check_fit(config)
     record, prediction = predicted_step(variant, config, topology, levanter=levanter, say=say)
-    model_axis = config.trainer.model_axis
-    held = memory(record, (len(topology.devices) // model_axis, model_axis))
+    held = memory(record, tuple(mesh_axes(config.trainer, topology).values()))
     figures = needed(record.refusal)  # the compiler's own limit, which a larger budget does not move
     limits = (topology.available_hbm_bytes if budget_bytes is None else budget_bytes, *(figures[1:] if figures else ()))
     return Plan(variant, config, topology, record, prediction, held, int(min(limits)))
+
+
+def mesh_axes(trainer: Any, topology: Topology) -> dict[str, int]:
+    """Devices along each axis of the mesh of a run with this `GrugTrainerConfig`."""
+    shared = {"expert": trainer.expert_axis, "model": trainer.model_axis}
+    return {"data": len(topology.devices) // math.prod(shared.values())} | shared
 
 
 def remat_policies(model: Any) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ def verdict(plan: Plan) -> list[str]:
 
 def _head(plan: Plan) -> Iterator[str]:
     topology, model, trainer = plan.topology, plan.config.model, plan.config.trainer
-    axes = f"data {plan.data_axis} × model {trainer.model_axis}"
+    axes = " × ".join(f"{name} {size}" for name, size in plan.axes.items() if name != "expert" or size > 1)
     yield f"{plan.variant} on {topology.name}: {topology.num_chips} chips, {len(topology.devices)} devices, {axes}"
     yield (
         f"batch {trainer.batch_size} × {trainer.seq_len} tokens, rows on each device: {plan.rows};"

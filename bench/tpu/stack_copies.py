@@ -193,7 +193,7 @@ def of_step(variant: str, config: Any, topology: Topology) -> list[Finding]:
     Raises:
       ValueError: the variant has no stack, or was refused.
     """
-    with topology.targeted(topology.mesh(model=config.trainer.model_axis)):
+    with topology.targeted(step.mesh_of(config.trainer, topology)):
         leaves = stacked_leaves("state.params", step.abstract_state(variant, config, topology).params)
     if not leaves:
         raise ValueError(f"stack_copies: {variant} has no ArrayStacked among its parameters; try array_stacked.")

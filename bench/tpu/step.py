@@ -27,6 +27,7 @@ from grug_kernels.attention import AttentionMask, pallas_tpu
 from grug_kernels.attention.tpu_backward_blocks import BackwardBlocks
 from grug_kernels.attention.tpu_plan import backward_plan
 from grug_kernels.dispatch import UnsupportedError
+from train.mesh import BATCH_AXES, batch_shards
 from train.offload import shapes_of
 
 
@@ -70,6 +71,11 @@ def replaced(config: Any, *, model: Mapping[str, Any], trainer: Mapping[str, Any
     )
 
 
+def mesh_of(trainer: Any, topology: Topology) -> Mesh:
+    """That of a run with this `GrugTrainerConfig`."""
+    return topology.mesh(expert=trainer.expert_axis, model=trainer.model_axis)
+
+
 def step_record(variant: str, config: Any, topology: Topology, *, levanter: bool = False) -> Record:
     """config: the variant's launch configuration; of it, model, optimizer and trainer are read.
 
@@ -95,7 +101,7 @@ def predicted_step(
     say: is told each stage as it begins.
     """
     trainer = config.trainer
-    rows = trainer.batch_size // topology.mesh(model=trainer.model_axis).shape["data"]
+    rows = trainer.batch_size // batch_shards(mesh_of(trainer, topology))
     tables = {} if levanter else attention_tables(rows, trainer.seq_len, _backward_blocks(config, topology))
     with compiling_step(variant, config, topology, levanter, schedules=True, say=say) as (record, program):
         if program is None:
@@ -117,11 +123,11 @@ def compiling_step(
     """As `step_record`, with the program; see `record.compiling`."""
     train = importlib.import_module(f"grug_model.{variant}.train")
     trainer = config.trainer
-    mesh = topology.mesh(model=trainer.model_axis)
-    if trainer.batch_size % mesh.shape["data"]:
+    mesh = mesh_of(trainer, topology)
+    if trainer.batch_size % (shards := batch_shards(mesh)):
         raise ValueError(
-            f"step_record: batch_size={trainer.batch_size} is not a multiple of the {mesh.shape['data']} devices of"
-            f" {topology.name} that share the batch. Choose a multiple of {mesh.shape['data']}."
+            f"step_record: batch_size={trainer.batch_size} is not a multiple of the {shards} devices of"
+            f" {topology.name} that share the batch. Choose a multiple of {shards}."
         )
     optimizer = config.optimizer.build(trainer.steps, matrix_axes=train.matrix_axes)
     pieces = levanter_grug.in_place_of_ours(variant, tpu=topology.devices) if levanter else contextlib.nullcontext()
@@ -188,7 +194,7 @@ def _backward_blocks(config: Any, topology: Topology) -> BackwardBlocks | None:
 
 def abstract_batch(mesh: Mesh, batch_size: int, seq_len: int) -> Example:
     """The shapes of a batch, split over `mesh`."""
-    sharding = NamedSharding(mesh, P(("replica_dcn", "data"), None))
+    sharding = NamedSharding(mesh, P(BATCH_AXES, None))
 
     def struct(dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((batch_size, seq_len), dtype, sharding=sharding)

@@ -22,8 +22,15 @@ Policy = Callable[..., Any]
 
 _ATTENTION = policies.save_only_these_names("attention_out", "attention_lse")
 
+
+def _matmuls(primitive: Any, *args: Any, **params: Any) -> bool:
+    """Those without batch dimensions, and those of rows in groups, which JAX's own policy does not know."""
+    is_grouped = primitive.name == "ragged_dot_general"
+    return is_grouped or policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
+
+
 _POLICIES: dict[str, Policy] = {
-    "save_matmuls": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, _ATTENTION),
+    "save_matmuls": policies.save_from_both_policies(_matmuls, _ATTENTION),
     "save_attention": _ATTENTION,
     "full": policies.nothing_saveable,
     "offload": policies.save_and_offload_only_these_names(

@@ -25,7 +25,7 @@ from grug_kernels.cross_entropy import linear_cross_entropy, token_losses
 from grug_kernels.mfu import TokenFlops
 from grug_kernels.stacked import rematerialised
 
-BATCH = ("replica_dcn", "data")
+BATCH = ("replica_dcn", "data", "expert")
 HEADS = P(BATCH, None, "model", None)
 
 

@@ -151,7 +151,7 @@ def run_grug(variant: str, config: "GrugBaseLaunchConfig") -> None:
     started = perf_counter()
     trainer = config.trainer
     check_fit(config)
-    mesh = create_mesh(trainer.batch_size, model=trainer.model_axis)
+    mesh = create_mesh(trainer.batch_size, expert=trainer.expert_axis, model=trainer.model_axis)
     check_offload(trainer.offload, mesh)
     optimizer = config.optimizer.build(trainer.steps, matrix_axes=matrix_axes)
     run = open_run(variant, config)

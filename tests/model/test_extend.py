@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from grug_kernels.attention import AttentionMask
-from tests.model.variants import BATCH, VARIANTS, part, random_batch, tiny_config
+from tests.model.variants import BATCH, MODELS, part, random_batch, tiny_config
 from train.mesh import create_mesh
 
 ROWS, LENGTH = 8, 24
@@ -59,7 +59,7 @@ def piece_by_piece(params, tokens, ends):
     return found
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MODELS)
 def test_logits_are_those_of_the_whole_row(variant):
     """data=4, model=2: rows of several lengths, each going on where it ended."""
     with jax.set_mesh(create_mesh(ROWS, model=2)):

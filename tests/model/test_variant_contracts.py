@@ -16,6 +16,9 @@ from jax.sharding import PartitionSpec as P
 from grug_kernels import dispatch
 from grug_kernels.stacked import Remat
 from tests.model.variants import (
+    BATCH,
+    LOOPS,
+    MODELS,
     VARIANTS,
     abstract_batch,
     one_device,
@@ -67,16 +70,17 @@ def count_of(primitive: str, jaxpr) -> int:
     return found
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MODELS)
 def test_what_attention_skips_is_planned_once_for_all_layers(variant):
-    """Forward and backward, rematerialised or not: a cumulative maximum and minimum make the bounds of documents, two
-    minima and two maxima the plan; the kernels need no other."""
+    """For all of a kind. Forward and backward, rematerialised or not: a cumulative maximum and minimum make the bounds
+    of documents, two minima and two maxima the plan; the kernels need no other."""
     program = traced_on_four(variant, "tpu", seq_len=512).jaxpr
-    names = ("cummax", "cummin", "reduce_min")
-    assert {name: count_of(name, program) for name in names} == {"cummax": 1, "cummin": 1, "reduce_min": 2}
+    kinds = len(set(getattr(tiny_config(variant), "windows", [None])))
+    expected = {"cummax": kinds, "cummin": kinds, "reduce_min": 2 * kinds}
+    assert {name: count_of(name, program) for name in expected} == expected
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MODELS)
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_one_step_lowers_on_an_abstract_mesh_of_four_devices(variant, platform):
     """data=2, model=2: every sharding that the model writes must make sense without any device to try it on, with the
@@ -87,9 +91,12 @@ def test_one_step_lowers_on_an_abstract_mesh_of_four_devices(variant, platform):
     assert ("attention_backward" in lowered.as_text()) == (platform == "tpu")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_loss_falls_on_a_repeated_batch(variant, optimizer):
+@pytest.mark.parametrize("variant", MODELS)
+def test_loss_falls_on_a_repeated_batch(variant):
+    loss_falls(variant, "adamw")
+
+
+def loss_falls(variant, optimizer):
     with jax.set_mesh(one_device()):
         init, step = built(variant, optimizer=optimizer)
         state, batch, losses = init(jax.random.key(0)), random_batch(), []
@@ -101,9 +108,12 @@ def test_loss_falls_on_a_repeated_batch(variant, optimizer):
     assert int(state.step) == 25
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_eight_devices_train_as_one_does(variant, optimizer):
+@pytest.mark.parametrize("variant", MODELS)
+def test_eight_devices_train_as_one_does(variant):
+    eight_train_as_one(variant, "adamw")
+
+
+def eight_train_as_one(variant, optimizer):
     """data=4, model=2 against one device, three steps in float32."""
 
     def trained(devices):
@@ -121,7 +131,31 @@ def test_eight_devices_train_as_one_does(variant, optimizer):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=2e-3), params, params_of_one)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+def matrices(variant):
+    """All that Muon sees of a variant: names, shapes and axes."""
+    model, found = part(variant, "model"), set()
+    with jax.set_mesh(one_device()):
+        params = jax.eval_shape(lambda: model.Transformer.init(tiny_config(variant), key=jax.random.key(0)))
+
+    def note(path, leaf, axes):
+        if axes is not None:
+            found.add((jax.tree_util.keystr(path), leaf.shape, axes))
+
+    jax.tree_util.tree_map_with_path(note, params, model.matrix_axes(params))
+    return frozenset(found)
+
+
+def test_with_muon_too_the_loss_falls_and_eight_devices_train_as_one_does(subtests):
+    """Once for all variants that have the same matrices."""
+    one_of_each = {matrices(variant): variant for variant in reversed(MODELS)}
+    assert {"array_stacked", "moe"} < set(one_of_each.values())
+    for variant in one_of_each.values():
+        with subtests.test(variant=variant):
+            loss_falls(variant, "muon")
+            eight_train_as_one(variant, "muon")
+
+
+@pytest.mark.parametrize("variant", MODELS)
 def test_weights_are_born_sharded(variant):
     with jax.set_mesh(mesh()):
         init, _ = built(variant)
@@ -132,8 +166,7 @@ def test_weights_are_born_sharded(variant):
         assert whole == ("norm" in name), f"{name} is {leaf.sharding.spec}"
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_looking_up_embeddings_moves_the_weight_and_nothing_else(variant):
+def test_looking_up_embeddings_moves_the_weight_and_nothing_else():
     """The gather of rows is local: the only collective of the forward lookup is the one gathering the table."""
     with jax.set_mesh(create_mesh(8)):
         embed = jax.device_put(jnp.ones((96, 32)), P("data", "model"))
@@ -142,7 +175,7 @@ def test_looking_up_embeddings_moves_the_weight_and_nothing_else(variant):
         @jax.jit
         def lookup(embed, tokens):
             whole = jax.reshard(embed, P(None, None))
-            return whole.at[tokens].get(out_sharding=P(("replica_dcn", "data"), None, None))
+            return whole.at[tokens].get(out_sharding=P(BATCH[0], None, None))
 
         text = lookup.lower(embed, tokens).compile().as_text()
     assert text.count(" all-gather(") + text.count(" all-gather-start(") == 1
@@ -150,7 +183,7 @@ def test_looking_up_embeddings_moves_the_weight_and_nothing_else(variant):
     assert "all-reduce" not in text
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", LOOPS)
 def test_an_average_is_kept_only_where_one_is_asked_for(variant):
     with jax.set_mesh(one_device()):
         init, _ = built(variant)
@@ -163,12 +196,13 @@ def test_an_average_is_kept_only_where_one_is_asked_for(variant):
             np.testing.assert_allclose(average, 0.75 * old + 0.25 * np.asarray(new), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MODELS)
 def test_remat_policies_change_no_number(variant):
-    """All of a stack's, which compile quickly; what single layers keep is for tests/kernels/test_stacked.py."""
+    """All of array_stacked's, which compile quickly; of the others the default. That each policy keeps what it should
+    is for tests/kernels/test_stacked.py, that these run again what they should for test_flops.py."""
     policies = remat_policies(variant)
     assert set(policies) <= set(get_args(Remat))
-    tried, num_layers = (policies, 4) if "nested" in policies else (("none", "save_attention", "full"), 2)
+    tried, num_layers = (policies, 4) if variant == "array_stacked" else (("none", "full"), 2)
     with jax.set_mesh(one_device()):
         init, _ = built(variant, num_layers=num_layers)
         params, batch = init(jax.random.key(0)).params, random_batch()
@@ -188,7 +222,7 @@ def test_remat_policies_change_no_number(variant):
             np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MODELS)
 def test_a_document_does_not_see_the_one_before_it(variant):
     """Changing the first document's tokens leaves the second's losses as they were, and changes its own."""
     code = part(variant, "train")
@@ -202,7 +236,7 @@ def test_a_document_does_not_see_the_one_before_it(variant):
     assert float(jnp.abs(before[:, :7] - after[:, :7]).max()) > 0.1
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MODELS)
 def test_messages(variant):
     with pytest.raises(ValueError, match="num_heads=4 is not a multiple of num_kv_heads=3"):
         tiny_config(variant, num_kv_heads=3)

@@ -13,11 +13,22 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from bench.laptop import Example, Mask
-from train.mesh import AXES
+from train.mesh import AXES, BATCH_AXES
 
 FOLDER = Path(__file__).parent.parent.parent / "grug_model"
 VARIANTS = sorted(folder.parent.name for folder in FOLDER.glob("*/launch.py"))
-BATCH = P(("replica_dcn", "data"), None)
+
+
+def distinct(*names: str) -> list[str]:
+    """One variant of all whose files of these names are the same, byte for byte: what is true of one is of all."""
+    first = {tuple((FOLDER / variant / name).read_bytes() for name in names): variant for variant in reversed(VARIANTS)}
+    return sorted(first.values())
+
+
+# Of some variants the loop, of some the model as well, is that of another.
+LOOPS = distinct("train.py")
+MODELS = distinct("model.py", "train.py")
+BATCH = P(BATCH_AXES, None)
 
 TINY = {
     "vocab_size": 96,
@@ -30,6 +41,8 @@ TINY = {
     "max_seq_len": 32,
     "compute_dtype": "float32",
 }
+# Where TINY and the defaults would hide what a variant is about.
+TINY_OF = {"local_global": {"sliding_window": 5, "global_every": 2}}
 
 
 def one_device():
@@ -43,7 +56,7 @@ def part(variant: str, name: str) -> ModuleType:
 
 
 def tiny_config(variant: str, **changes):
-    return part(variant, "model").GrugModelConfig(**(TINY | changes))
+    return part(variant, "model").GrugModelConfig(**(TINY | TINY_OF.get(variant, {}) | changes))
 
 
 def remat_policies(variant: str) -> tuple[str, ...]:

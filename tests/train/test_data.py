@@ -263,7 +263,9 @@ def test_a_stage_that_begins_within_a_block_is_refused(prepared):
 
 def test_a_batch_that_does_not_divide_over_the_mesh_is_refused(prepared):
     dataset = build_train_dataset(prepared, CONFIG, SEQ_LEN, 6, 0)
-    message = r"batch_size=6 is not a multiple of the mesh's 4 data shards \(replica_dcn 2 x data 2\): choose"
+    message = (
+        r"batch_size=6 is not a multiple of the mesh's 4 data shards \(replica_dcn 2 x data 2 x expert 1\): choose"
+    )
     with pytest.raises(ValueError, match=message):
         build_train_loader(dataset, mesh_of(2, 2), 6)
 

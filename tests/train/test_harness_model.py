@@ -13,7 +13,7 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from grug_kernels.attention import AttentionMask
-from tests.model.variants import BATCH, VARIANTS, part, tiny_config
+from tests.model.variants import BATCH, MODELS, part, tiny_config
 from train.harness import scorer
 from train.harness_model import HarnessModel
 from train.mesh import create_mesh
@@ -127,7 +127,7 @@ PAIRS = [(text(before), text(after, 1)) for before in (1, 2, 3, 5, 9) for after 
 PAIRS += [(text(15), text(1, 1)), (text(1), text(15, 1)), (text(9), text(7, 1)), (text(2), text(1, 2))]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MODELS)
 def test_packed_requests_are_scored_as_if_each_were_alone(variant):
     said = []
     found = model(variant, said=said).loglikelihood(requests("loglikelihood", *PAIRS))

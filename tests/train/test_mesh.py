@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType
 
 from bench.tpu.topology import LIBTPU_IS_MISSING, has_libtpu
-from train.mesh import AXES, create_mesh
+from train.mesh import AXES, batch_shards, create_mesh
 
 
 @pytest.mark.parametrize(
@@ -39,10 +39,13 @@ def test_axes_that_do_not_divide_the_devices_are_refused():
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match=r"batch_size=12 is not a multiple of replica_dcn x data = 8 \(8 devices\)"):
+    with pytest.raises(ValueError, match=r"12 is not a multiple of replica_dcn x data x expert = 8 \(8 devices\)"):
         create_mesh(12)
-    # The devices of the other axes work on the same sequences.
+    # The devices that share layers work on the same sequences; those that share experts have their own.
     assert create_mesh(12, model=2).shape["data"] == 4
+    assert batch_shards(create_mesh(16, replica_dcn=2, expert=2, model=2)) == 4
+    with pytest.raises(ValueError, match="expert = 8"):
+        create_mesh(12, expert=2)
     with pytest.raises(ValueError, match="choose a multiple of 4"):
         create_mesh(6, replica_dcn=2, model=2)
 

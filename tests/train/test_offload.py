@@ -17,7 +17,7 @@ from bench.tpu.record import compile_record
 from bench.tpu.topology import LIBTPU_IS_MISSING, has_libtpu, tpu_topology
 from grug_kernels import dispatch
 from grug_kernels.stacked import ArrayStacked
-from tests.model.variants import VARIANTS, one_device, part, random_batch, tiny_config, tiny_trainer
+from tests.model.variants import LOOPS, one_device, part, random_batch, tiny_config, tiny_trainer
 from tests.train.tiny import STEPS, arrays_of, run_tiny
 from train.checkpoint import CheckpointConfig, Checkpoints, restore_latest_or_initialize
 from train.config import GrugTrainerConfig
@@ -221,7 +221,7 @@ def test_a_run_goes_on_with_its_state_elsewhere(folder):
         assert read_history(there).series(metric)[-1] == read_history(here).series(metric)[-1], metric
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", LOOPS)
 def test_an_average_is_evaluated_on_the_device(variant):
     code = part(variant, "train")
     init, cfg, seen = part(variant, "model").Transformer.init, tiny_config(variant, num_layers=1), {}

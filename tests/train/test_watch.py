@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from grug_kernels import dispatch
 from grug_kernels.stacked import ArrayStacked
-from tests.model.variants import VARIANTS, one_device, part, random_batch, tiny_config, tiny_trainer
+from tests.model.variants import LOOPS, one_device, part, random_batch, tiny_config, tiny_trainer
 from tests.train.test_offload import axes_of_stack, make_state, optimizer_of, step_of
 from tests.train.tiny import flags, run
 from train.history import read_history
@@ -137,7 +137,7 @@ def test_stacks_whose_blocks_are_of_two_types_keep_the_order_of_the_layers():
     }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", LOOPS)
 def test_a_step_that_is_not_watched_is_the_same_program(variant):
     code, trainer = part(variant, "train"), tiny_trainer()
     transform = optimizer_of("adamw", part(variant, "model").matrix_axes)

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The knobs of this variant and its presets. Start here for a normal run; no jax is imported until one starts."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from train.checkpoint import CheckpointConfig
+from train.config import GrugTrainerConfig
+from train.data import DataConfig
+from train.evaluate import GrugEvalConfig
+from train.optimizer import GrugOptimizerConfig
+from train.profile import ProfileConfig
+from train.tracker import TrackerConfig
+from train.watch import WatchConfig
+
+from .model import GrugModelConfig
+
+VARIANT = Path(__file__).parent.name
+
+
+@dataclass(frozen=True)
+class GrugBaseLaunchConfig:
+    """Everything a run can be told. The defaults are the 130M template."""
+
+    model: GrugModelConfig = field(default_factory=GrugModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: GrugOptimizerConfig = field(default_factory=GrugOptimizerConfig)
+    trainer: GrugTrainerConfig = field(default_factory=GrugTrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: GrugEvalConfig = field(default_factory=GrugEvalConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    # None: GRUG_RUN_ID, or the variant and a hash of this configuration, so that the same command goes on with its run.
+    run_id: str | None = None
+    # None: runs/<run_id>
+    output_path: str | None = None
+
+
+_7B = GrugModelConfig(
+    hidden_dim=4096,
+    intermediate_dim=11008,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    rope_theta=500_000.0,
+)
+
+PRESETS = {
+    # Two cores, three minutes: a real model on real text.
+    "laptop": GrugBaseLaunchConfig(
+        model=GrugModelConfig(
+            vocab_size=4096,
+            hidden_dim=256,
+            intermediate_dim=704,
+            num_layers=4,
+            num_heads=8,
+            num_kv_heads=4,
+            head_dim=32,
+            max_seq_len=256,
+            compute_dtype="float32",
+            remat="none",
+        ),
+        optimizer=GrugOptimizerConfig(learning_rate=3e-3, warmup_steps=20),
+        trainer=GrugTrainerConfig(steps=200, batch_size=8, seq_len=256),
+        checkpoint=CheckpointConfig(every=100, temporary_minutes=0.5),
+        eval=GrugEvalConfig(every=50),
+    ),
+    # 130M parameters, 2000 steps of 2M tokens: a slice of v5p.
+    "130m": GrugBaseLaunchConfig(),
+    # 7B parameters, 2M tokens a step: 64 chips of v5p, 256 of v6e.
+    "7b": GrugBaseLaunchConfig(
+        model=_7B, optimizer=GrugOptimizerConfig(learning_rate=3e-4), trainer=GrugTrainerConfig(steps=250_000)
+    ),
+    # The same with rows of 32k tokens, 4M a step; four chips share each layer.
+    "7b_32k": GrugBaseLaunchConfig(
+        model=replace(_7B, max_seq_len=32768, rope_theta=8_000_000.0),
+        optimizer=GrugOptimizerConfig(learning_rate=3e-4),
+        trainer=GrugTrainerConfig(steps=10_000, batch_size=128, seq_len=32768, model_axis=4),
+    ),
+}
+
+
+def run(config: GrugBaseLaunchConfig) -> None:
+    from .train import run_grug
+
+    run_grug(VARIANT, config)
+
+
+if __name__ == "__main__":  # as `python -m`: train.run, with this variant
+    from train.run import main
+
+    main(variant=VARIANT)
