@@ -8,7 +8,6 @@ place whole, and taken back where the archive cannot be written.
 import ast
 import dataclasses
 import importlib
-import importlib.util
 import keyword
 import shutil
 import textwrap
@@ -148,8 +147,6 @@ def _as_of_today(entry: Entry, template: Path, variant: Path, root: Path) -> dic
 
 def last_score(name: str) -> str | None:
     """What `python -m grug_model.score` found last, in a line; None where the variant was never scored."""
-    if importlib.util.find_spec("grug_model.score") is None:
-        return None
     row = importlib.import_module("grug_model.score").last_scores().get(name)
     if row is None:
         return None
