@@ -146,8 +146,10 @@ def test_recording_writes_what_is_known_by_then(repository, monkeypatch, capsys)
     assert fields["Score"] == "loss 4.500 ± 0.010 (preset laptop, 40 steps, 2 seeds, 2026-11-22): mine lost"
     assert (fields["Notes"], fields["Diff"]) == ("Slower, and no better", "https://there/1")
     sha = commit(repository, "mine")
-    Path("more").write_text("")
-    commit(repository, "more")
+    git(repository, "rm", "-r", "--quiet", "grug_model/mine")
+    commit(repository, "not mine")
+    git(repository, "checkout", sha, "--", "grug_model/mine")
+    commit(repository, "mine again")
     run("record", "mine", "--issue", "#3")
     fields = find(Path.cwd(), "mine").fields
     assert sha.startswith(fields["Introduced"])
