@@ -20,7 +20,7 @@ from train.rundir import as_dict, check_fit
 @dataclass(frozen=True)
 class Plan:
     """limit_bytes: what a device may use: the budget, and never more than the compiler takes. prediction, memory: None
-    where it was refused before it was known."""
+    where it was refused before it was known; prediction also where the schedule cannot be read."""
 
     variant: str
     config: Any

@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import importlib
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from grug_kernels.attention.tpu_plan import backward_plan
 from grug_kernels.dispatch import UnsupportedError
 from train.mesh import BATCH_AXES, batch_shards
 from train.offload import shapes_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ def predicted_step(
     levanter: bool = False,
     say: Callable[[str], None] = lambda stage: None,
 ) -> tuple[Record, StepPrediction | None]:
-    """As `step_record`, and what the step is predicted to take; None where it was refused. Compiles once.
+    """As `step_record`, and what the step is predicted to take; None where it was refused, or where its schedule cannot
+    be read, which is warned of. Compiles once.
 
     say: is told each stage as it begins.
     """
@@ -107,7 +111,11 @@ def predicted_step(
         if program is None:
             return record, None
         say("read the schedule")
-        prediction = schedule.read(record, program, tables)
+        try:
+            prediction = schedule.read(record, program, tables)
+        except ValueError as error:  # libtpu has kernels of its own that the reader does not know: ragged_dot's
+            log.warning("no time is predicted for %s: %s", variant, error)
+            return record, None
         return record, StepPrediction(prediction, trainer.batch_size * trainer.seq_len, topology.num_chips)
 
 

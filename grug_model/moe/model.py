@@ -434,7 +434,7 @@ class Transformer(eqx.Module):
         """-log p(next token) of every position, for evaluation; at the last one, which has none, any number."""
         hidden, labels, *_ = self._flat(tokens, loss_weight, mask)
         losses = token_losses(hidden, self.lm_head.astype(hidden.dtype), labels)[0]
-        return losses.reshape(tokens.shape)
+        return losses.reshape(tokens.shape, out_sharding=P(BATCH, None))
 
     def next_token_scores(
         self, tokens: Int[Array, "batch seq_len"], loss_weight: Float[Array, "batch seq_len"], mask: AttentionMask
@@ -442,7 +442,8 @@ class Transformer(eqx.Module):
         """`next_token_losses`, and whether the next token is the most likely one."""
         hidden, labels, *_ = self._flat(tokens, loss_weight, mask)
         losses, *_, argmax = token_losses(hidden, self.lm_head.astype(hidden.dtype), labels, return_argmax=True)
-        return losses.reshape(tokens.shape), (argmax == labels).reshape(tokens.shape)
+        losses = losses.reshape(tokens.shape, out_sharding=P(BATCH, None))
+        return losses, (argmax == labels).reshape(tokens.shape, out_sharding=P(BATCH, None))
 
     def _embed(self, tokens):
         # Whole rows on every device make the lookup local; the gradient is summed back onto the shards.

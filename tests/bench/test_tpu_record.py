@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a record says of programs small enough to add up by hand, compiled by libtpu itself."""
 
+import contextlib
 import json
 from typing import Any, NamedTuple
 
@@ -269,6 +270,20 @@ def test_levanters_step_is_predicted_beside_ours():
     assert {k.scope for k in splash} == {"attention"}
     assert not [note for note in prediction.schedule.notes if "known at run time only" in note]
     assert prediction.tokens_per_second_per_chip == pytest.approx(4 * 128 / prediction.seconds / 4)
+
+
+def test_a_schedule_that_cannot_be_read_is_said_and_leaves_what_was_compiled(monkeypatch, caplog):
+    def unreadable(*_):
+        raise ValueError("the branch at 0x1191 goes to region 35, which the program lacks.")
+
+    topology = tpu_topology("v5p")
+    compiled = contextlib.nullcontext((Record(topology), object()))
+    monkeypatch.setattr(step, "compiling_step", lambda *_, **__: compiled)
+    monkeypatch.setattr(schedule, "read", unreadable)
+    config = step.template("base", trainer={"batch_size": 4, "seq_len": 512})
+    record, prediction = step.predicted_step("base", config, topology)
+    assert (record.topology, prediction) == (topology, None)
+    assert "no time is predicted for base: the branch at 0x1191" in caplog.text
 
 
 def test_what_levanter_cannot_do_is_a_row():

@@ -28,6 +28,7 @@ from train.data import (
     prepare,
     prepare_corpus,
 )
+from train.mesh import BATCH_AXES
 from train.mixture import mixture_metrics
 
 SEQ_LEN, BATCH_SIZE = 32, 8
@@ -137,11 +138,11 @@ def test_prepare_says_what_it_does_and_obeys_the_cache_variable(monkeypatch, tmp
     assert said[-1].startswith("tokens: code: 4 documents, 0.0 MB, at code/validation.jsonl:1")
 
 
-def test_batches_are_sharded_over_replica_and_data(prepared):
+def test_batches_are_sharded_over_the_axes_that_share_them(prepared):
     (batch,) = batches(prepared, 1, mesh=mesh_of(2, 2, 2))
     for array in (batch.tokens, batch.loss_weight, *batch.attn_mask.segment_ids):
         assert array.shape == (BATCH_SIZE, SEQ_LEN)
-        assert array.sharding.spec == P(("replica_dcn", "data"), None)
+        assert array.sharding.spec == P(BATCH_AXES, None)
         assert array.addressable_shards[0].data.shape == (2, SEQ_LEN)
     assert (batch.tokens.dtype, batch.loss_weight.dtype) == (np.int32, np.float32)
     assert (np.asarray(batch.loss_weight) == (np.arange(SEQ_LEN) < SEQ_LEN - 1)).all()

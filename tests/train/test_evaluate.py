@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from train import lev
 from train.data import build_validation_sets
 from train.evaluate import GrugEvalConfig, bits_per_byte, build_tagged_evaluator
+from train.mesh import BATCH_AXES
 
 from .test_data import CONFIG, SEQ_LEN, mesh_of, tiny_data
 
@@ -86,7 +87,7 @@ def test_losses_and_bits_per_byte_are_the_sums_by_hand(prepared, batch_size):
 
 def test_sharded_over_eight_devices_the_answer_is_the_same(prepared):
     def sharded_losses(params, batch):
-        assert jax.typeof(batch.tokens).sharding.spec == P(("replica_dcn", "data"), None)
+        assert jax.typeof(batch.tokens).sharding.spec == P(BATCH_AXES, None)
         return per_token_losses(params, batch)
 
     nats = random_nats(prepared)

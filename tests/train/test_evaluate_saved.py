@@ -16,6 +16,7 @@ from tests.train.saved_runs import restored, write_run
 from train import evaluate
 from train.data import build_validation_sets
 from train.evaluate_saved import main
+from train.mesh import BATCH_AXES
 from train.saved import open_saved
 
 SEQ_LEN, EXAMPLES, BATCH = 32, 12, 8
@@ -55,7 +56,7 @@ def levanters_own(run: Path) -> dict[str, float]:
         def log(self, metrics, *, step, commit=None):
             logged.update(metrics)
 
-    mapping = {"batch": ("replica_dcn", "data")}
+    mapping = {"batch": BATCH_AXES}
     with jax.set_mesh(mesh), haliax.axis_mapping(mapping), current_tracker(Tracker()):
         evaluator = TaggedEvaluator(
             haliax.Axis("batch", BATCH),

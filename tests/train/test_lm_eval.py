@@ -24,6 +24,7 @@ from train.data import DataConfig, prepare
 from train.harness import HarnessConfig, check_installed, metrics_of
 from train.harness_model import HarnessModel
 from train.held_out_tasks import held_out_tasks
+from train.mesh import BATCH_AXES
 
 pytestmark = pytest.mark.usefixtures("folder")
 BOTH = "grug_continuation,grug_held_out"
@@ -158,7 +159,7 @@ def test_bits_per_byte_of_documents_is_the_sum_of_all_nats_over_all_bytes(traine
             tokens = np.zeros((64, 32), np.int32)
             for row, part in zip(tokens, some, strict=False):
                 row[: len(part)] = part
-            placed = jax.device_put(tokens, jax.P(("replica_dcn", "data"), None))
+            placed = jax.device_put(tokens, jax.P(BATCH_AXES, None))
             logits = np.asarray(logits_of(saved.params, placed), np.float64)
             loss = np.logaddexp.reduce(logits[:, :-1], axis=-1)
             loss -= np.take_along_axis(logits[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
