@@ -24,6 +24,7 @@ from grug_model.score.stats import difference
 from train.checkpoint_files import read_metadata
 from train.command import errors_explained
 from train.history import History, read_history
+from train.mesh import quiet_libtpu
 from train.rundir import check_fit, hash_of, say
 from train.summary import SUMMARY_FILE, clock, si
 
@@ -42,6 +43,7 @@ class Entry:
 
 def main(entry: Entry, argv: list[str] | None = None) -> None:
     options = _options(entry, argv)
+    quiet_libtpu()
     with errors_explained():
         for config in entry.configs.values():
             check_fit(config)
