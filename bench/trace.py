@@ -37,7 +37,7 @@ PHASES = (
     "optimizer",
 )
 # and these run forward and backward, and perhaps forward again for the backward pass.
-LAYERS = ("embedding", "norm", "attention_layer", "mlp", "stacked_layers")
+LAYERS = ("embedding", "norm", "attention_layer", "mlp", "router", "stacked_layers")
 UNNAMED = "(no scope)"
 
 
