@@ -135,6 +135,7 @@ def test_a_baseline_that_failed_leaves_no_verdict():
     assert "no verdict on mine: base failed, seed 1: out of memory" in found.verdicts["mine"]
     assert not found.is_sound
     assert "failed" in card_text(found)
+    assert found.rows[0].mean("loss") is None  # that of the seeds which did not fail would flatter
 
 
 def test_two_against_one_baseline_pay_for_two_chances():
