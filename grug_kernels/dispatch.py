@@ -94,8 +94,17 @@ def call(op: str, requested: str | None, implementations: Mapping[str, Callable[
             refusals.append((name, str(error)))
             warnings.warn(f"{op}: {name} refused, trying the next implementation: {error}", stacklevel=3)
             continue
-        if (records := _records.get()) is not None:
-            records.append(Choice(op, target, requested, name, tuple(refusals)))
+        _note(Choice(op, target, requested, name, tuple(refusals)))
         return result
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals)
     raise UnsupportedError(f"{op}: no implementation for {target} takes these arguments. {reasons}")
+
+
+def record(op: str, used: str) -> None:
+    """Adds a `Choice` to what is being recorded: of a way to do it that goes by the shapes, and nobody can ask for."""
+    _note(Choice(op, platform(), None, used))
+
+
+def _note(choice: Choice) -> None:
+    if (records := _records.get()) is not None:
+        records.append(choice)

@@ -4,19 +4,20 @@
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from grug_kernels import dispatch
-from grug_kernels.attention import cudnn, reference, xla
+from grug_kernels.attention import context, cudnn, reference, xla
 from grug_kernels.attention.block_sizes import BlockSizes
-from grug_kernels.attention.mask import AttentionMask, Intervals
+from grug_kernels.attention.mask import STRIPE, AttentionMask, Intervals
 from grug_kernels.attention.results import Results
 from grug_kernels.sharding import Axes, mesh_of, sharded_axes, shards_of
 
@@ -89,7 +90,9 @@ def attention_with_lse(
     no key gives zeros and lse = -inf (with sinks: lse = sinks[n]), and its q gets no gradient. Differentiable in q, k,
     v and sinks, through both results.
 
-    Under an explicit mesh q, k and v may be sharded over batch and heads, alike; the results are sharded the same way.
+    Under an explicit mesh q, k and v may be sharded over batch, heads and length (context parallelism), alike; the
+    results are sharded the same way. Keys and values are whole in their length, or split as the queries are: then each
+    device gathers those of its rows, or, where that would be too much, they travel past it in a ring (`context.py`).
 
     Args:
       mask: which keys each query sees. The queries are the last seq_len of the kv_len positions. Layers that share a
@@ -154,21 +157,25 @@ def _attention(
     _check(q, k, v, sinks)
     _check_numbers(sm_scale, logit_soft_cap)
     (batch, seq_len, _, head_dim), kv_len = q.shape, k.shape[1]
+    split = _split(q, k, v) if AxisType.Explicit in mesh_of(q).axis_types else None
+    # Of all only cuDNN needs to know the form of the mask at trace time; that of a part of the queries is data.
+    in_parts = split is not None and shards_of(split.queries) > 1
+    native = None if in_parts else cudnn.native_mask(mask, seq_len, kv_len)
+    implementations = {**IMPLEMENTATIONS, "cudnn": partial(cudnn.attention, native=native)}
+    if split and shards_of(split.keys) > 1:
+        implementations = context.over_devices(implementations, split.keys)
     run = partial(
         dispatch.call,
         "attention",
         implementation,
-        # Of all only cuDNN needs to know the form of the mask at trace time.
-        {**IMPLEMENTATIONS, "cudnn": partial(cudnn.attention, native=cudnn.native_mask(mask, seq_len, kv_len))},
+        implementations,
         sm_scale=1 / math.sqrt(head_dim) if sm_scale is None else float(sm_scale),
         logit_soft_cap=None if logit_soft_cap is None else float(logit_soft_cap),
         block_sizes=block_sizes,
         with_max_logits=with_max_logits,
     )
-    is_sharded = AxisType.Explicit in mesh_of(q).axis_types
-    axes = _batch_and_head_axes(q, k, v) if is_sharded else None
     intervals = _intervals(mask, batch, seq_len, kv_len)
-    return run(q, k, v, intervals, sinks) if axes is None else _run_sharded(run, axes, q, k, v, intervals, sinks)
+    return run(q, k, v, intervals, sinks) if split is None else _run_sharded(run, split, q, k, v, intervals, sinks)
 
 
 def _intervals(mask: AttentionMask | Intervals, batch: int, seq_len: int, kv_len: int) -> Intervals:
@@ -184,43 +191,62 @@ def _intervals(mask: AttentionMask | Intervals, batch: int, seq_len: int, kv_len
     return mask
 
 
-def _run_sharded(run: Callable[..., Any], axes: tuple[Axes, Axes], q, k, v, intervals: Intervals, sinks) -> Results:
-    """`run` on each shard of the batch and the heads: no shard needs anything of another."""
-    batch_axes, head_axes = axes
-    by_batch, by_head, by_both = P(batch_axes), P(head_axes), P(batch_axes, None, head_axes, None)
+class _Split(NamedTuple):
+    """Mesh axes over which q, k and v are split: batch and heads alike, queries in their length, keys in theirs."""
+
+    batch: Axes
+    queries: Axes
+    keys: Axes
+    heads: Axes
+
+
+def _run_sharded(run: Callable[..., Any], split: _Split, q, k, v, intervals: Intervals, sinks) -> Results:
+    """`run` on each shard of the batch, the heads and the queries: but for keys no shard needs anything of another."""
+    by_query, by_head = P(split.batch, split.queries), P(split.heads)
+    if (shards := shards_of(split.queries)) > 1 and q.shape[1] % (STRIPE * shards):
+        intervals = intervals._replace(stripes=None)  # no whole number of them for each shard
     # Intervals and sinks are small, and may come whole.
-    intervals = jax.tree.map(lambda bound: jax.reshard(bound, by_batch), intervals)
+    intervals = jax.tree.map(lambda bound: jax.reshard(bound, by_query), intervals)
     sinks = None if sinks is None else jax.reshard(sinks, by_head)
-    out_specs: list[Any] = [by_both, P(batch_axes, head_axes, None), P(batch_axes, head_axes)]
+    by_key = P(split.batch, split.keys, split.heads, None)
+    out_specs: list[Any] = [
+        P(split.batch, split.queries, split.heads, None),
+        P(split.batch, split.heads, split.queries),
+        P(split.batch, split.heads),
+    ]
+
+    def local(*args: Any) -> Results:
+        results = run(*args)
+        if results.max_logits is None or not split.queries:
+            return results
+        return results._replace(max_logits=lax.pmax(lax.stop_gradient(results.max_logits), split.queries))
+
     sharded = jax.shard_map(
-        run,
-        in_specs=(by_both, by_both, by_both, by_batch, by_head),
-        out_specs=Results(*out_specs),
+        local, in_specs=(out_specs[0], by_key, by_key, by_query, by_head), out_specs=Results(*out_specs)
     )
     return sharded(q, k, v, intervals, sinks)
 
 
-def _batch_and_head_axes(q, k, v) -> tuple[Axes, Axes]:
-    """Mesh axes over which the batch and the heads are split, the same for q, k and v."""
-    _require_whole("q", q, {1: "seq_len", 3: "head_dim"})
-    _require_whole("k", k, {1: "kv_len", 3: "head_dim"})
-    _require_whole("v", v, {1: "kv_len", 3: "v_head_dim"})
-    batch_axes, _, head_axes, _ = sharded_axes(q)
-    num_kv_heads, head_shards = k.shape[2], shards_of(head_axes)
+def _split(q, k, v) -> _Split:
+    for name, x in {"q": q, "k": k, "v": v}.items():
+        _require_whole(name, x, {3: "v_head_dim" if name == "v" else "head_dim"})
+    batch, queries, heads, _ = sharded_axes(q)
+    _, keys, _, _ = sharded_axes(k)
+    num_kv_heads, head_shards = k.shape[2], shards_of(heads)
     if num_kv_heads % head_shards:
         raise ValueError(
             f"attention: num_kv_heads={num_kv_heads} cannot be split into {head_shards} shards, as the heads of q"
-            f" {q.shape} are over mesh axes {head_axes}. Use a model axis that divides num_kv_heads, or more key heads."
+            f" {q.shape} are over mesh axes {heads}. Use a model axis that divides num_kv_heads, or more key heads."
         )
     for name, x in {"k": k, "v": v}.items():
-        axes = sharded_axes(x)
-        if (axes[0], axes[2]) != (batch_axes, head_axes):
+        axes = sharded_axes(x)[:3]
+        if axes not in ((batch, queries, heads), (batch, (), heads)) or axes[1] != keys:
             raise ValueError(
-                f"attention: {name} is split over mesh axes {axes[0]} by batch and {axes[2]} by head, but q over"
-                f" {batch_axes} and {head_axes}. Each shard of q needs its own keys:"
-                f" jax.reshard({name}, P({batch_axes}, None, {head_axes}))."
+                f"attention: {name} is split over mesh axes {axes[0]} by batch, {axes[1]} by kv_len and {axes[2]} by"
+                f" head, but q over {batch}, {queries} and {heads}. Each shard of q needs its own keys:"
+                f" jax.reshard({name}, P({batch}, {queries}, {heads})), as q is, or whole in kv_len, k and v alike."
             )
-    return batch_axes, head_axes
+    return _Split(batch, queries, keys, heads)
 
 
 def _require_whole(name: str, x, dimensions: Mapping[int, str]) -> None:

@@ -19,7 +19,7 @@ from grug_kernels.attention import pallas_tpu_backward, pallas_tpu_forward
 from grug_kernels.attention.block_sizes import BlockSizes
 from grug_kernels.attention.mask import Intervals
 from grug_kernels.attention.pallas_tpu_backward_kernel import Static as BackwardStatic
-from grug_kernels.attention.results import Results
+from grug_kernels.attention.results import Parts, Results
 from grug_kernels.attention.tpu_backward_blocks import (
     BackwardBlocks,
     BackwardShape,
@@ -38,13 +38,15 @@ _SHORT = 256  # the shortest block that the backward pass can cut into two row c
 
 @dataclass(frozen=True)
 class _Static:
-    """interpret: run on a CPU, for tests; as `pl.pallas_call` takes it."""
+    """in_parts: of a ring, whose sums of gradients are in float32. interpret: run on a CPU, for tests; as
+    `pl.pallas_call` takes it."""
 
     sm_scale: float
     logit_soft_cap: float | None
     with_max_logits: bool
     forward: ForwardBlocks
     backward: BackwardBlocks
+    in_parts: bool
     interpret: Any
 
 
@@ -71,26 +73,34 @@ def attention(
       UnsupportedError: no TPU to trace for, several devices on automatic mesh axes, a type that is neither bfloat16 nor
         float32, a scale that is not positive, or heads too wide for VMEM.
     """
+    static = _static(q, k, v, sm_scale, logit_soft_cap, block_sizes, with_max_logits, False, interpret)
+    return _attention(static, *vary_alike((q, k, v, sinks, intervals)))
+
+
+def _static(q, k, v, sm_scale, logit_soft_cap, block_sizes, with_max_logits, in_parts, interpret) -> _Static:
     refuse_automatic_axes("attention", q)
     chip = "v6e" if interpret else traced_chip("attention")
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         raise UnsupportedError(f"attention: 'pallas_tpu' takes bfloat16 and float32, not {q.dtype}; use 'xla'.")
     if sm_scale <= 0:
         raise UnsupportedError(f"attention: 'pallas_tpu' takes a positive sm_scale, not {sm_scale}; use 'xla'.")
-    forward, backward = blocks_for(q, k, v, chip, block_sizes)
-    static = _Static(sm_scale, logit_soft_cap, with_max_logits, forward, backward, interpret)
-    return _attention(static, *vary_alike((q, k, v, sinks, intervals)))
+    forward, backward = blocks_for(q, k, v, chip, block_sizes, in_parts=in_parts)
+    return _Static(sm_scale, logit_soft_cap, with_max_logits, forward, backward, in_parts, interpret)
 
 
-def blocks_for(q, k, v, chip: str, block_sizes: BlockSizes | None) -> tuple[ForwardBlocks, BackwardBlocks]:
+def blocks_for(
+    q, k, v, chip: str, block_sizes: BlockSizes | None, *, in_parts: bool = False
+) -> tuple[ForwardBlocks, BackwardBlocks]:
     """The blocks that arrays of these shapes and types run with: the table's, cut to what fits the chip's VMEM.
+
+    in_parts: as parts of a ring.
 
     Raises UnsupportedError where none fits.
     """
     num_kv_heads, kv_len = k.shape[2], k.shape[1]
     sizes = (kv_len, num_kv_heads, q.shape[2] // num_kv_heads, q.shape[3], v.shape[3], q.dtype.itemsize)
     error = 0 if q.dtype == jnp.float32 else q.dtype.itemsize
-    forward_shape, backward_shape = ForwardShape(*sizes), BackwardShape(*sizes, out_error_itemsize=error)
+    forward_shape, backward_shape = ForwardShape(*sizes), BackwardShape(*sizes, error, in_parts)
     forward, backward = default_forward_blocks(forward_shape, chip), default_backward_blocks(backward_shape, chip)
     if block_sizes is not None:
         block_q, block_kv = block_sizes.block_q, block_sizes.block_kv
@@ -164,7 +174,7 @@ def _backward(static: _Static, residuals, cotangents):
         statistic(dlse),
         bounds,
         backward_plan(bounds, kv_len, blocks),
-        BackwardStatic(static.sm_scale, static.logit_soft_cap, blocks),
+        BackwardStatic(static.sm_scale, static.logit_soft_cap, blocks, static.in_parts),
         out_error=None if error is None else grouped(error),
         interpret=static.interpret,
     )
@@ -178,6 +188,29 @@ def _backward(static: _Static, residuals, cotangents):
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def parts(
+    q,
+    k,
+    v,
+    *,
+    sm_scale: float,
+    logit_soft_cap: float | None,
+    block_sizes: BlockSizes | None,
+    with_max_logits: bool,
+    interpret: Any = False,
+) -> Parts:
+    """For queries and keys of these shapes. Raises as `attention` does."""
+    static = _static(q, k, v, sm_scale, logit_soft_cap, block_sizes, with_max_logits, True, interpret)
+
+    def forward(q, k, v, intervals):
+        return _run_forward(static, q, k, v, None, intervals, with_error=q.dtype != jnp.float32)
+
+    def backward(q, k, v, intervals, out, out_error, lse, dout, dlse):
+        return _backward(static, (q, k, v, None, intervals, out, lse, out_error), (dout, dlse, None))[:3]
+
+    return Parts(forward, backward)
 
 
 def _for_kernel(q, k, v, intervals: Intervals, blocks: ForwardBlocks | BackwardBlocks):

@@ -27,6 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from grug_kernels.attention.mask import Intervals
 from grug_kernels.attention.pallas_tpu_backward_kernel import Static, kernel, query_block
+from grug_kernels.attention.results import delta_of
 from grug_kernels.attention.tpu_backward_blocks import BackwardBlocks
 from grug_kernels.attention.tpu_plan import BackwardPlan, stripes_per_block
 from grug_kernels.sharding import vary_with
@@ -47,7 +48,8 @@ def attention_backward(
     out_error=None,
     interpret: Any = False,
 ):
-    """dq, dk, dv in the types of q, k, v, and delta [batch, num_kv_heads, group, q_len] float32 = sum out * dout.
+    """dq, dk, dv in the types of q, k, v, or as static.float32_gradients says; and delta = sum out * dout, float32
+    [batch, num_kv_heads, group, q_len].
 
     q, out, dout [batch, num_kv_heads, group, q_len, head_dim | v_head_dim]; k, v [batch, num_kv_heads, kv_len,
     head_dim | v_head_dim]; lse, dlse like delta; intervals [batch, q_len]; lengths whole numbers of blocks. A query
@@ -103,11 +105,12 @@ def attention_backward(
         in_specs.append(out_spec)
     out_specs = [dk_spec, dv_spec, q_spec, stat_spec]
     shape_of = partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(q).manual_axis_type)
-    key_dtype = k.dtype if splits == 1 else jnp.float32
+    dtype = jnp.float32 if static.float32_gradients else q.dtype
+    key_dtype = dtype if splits == 1 else jnp.float32
     out_shapes = [
         shape_of((batch, num_kv_heads * splits, kv_len, head_dim), key_dtype),
         shape_of((batch, num_kv_heads * splits, kv_len, v_head_dim), key_dtype),
-        shape_of(in_parts(q).shape, q.dtype),
+        shape_of(in_parts(q).shape, dtype),
         shape_of(in_parts(lse).shape, jnp.float32),
     ]
     aliases = {}
@@ -146,15 +149,14 @@ def attention_backward(
         interpret=interpret,
     )(plan.stripes, plan.begins, *operands)
     if splits > 1:
-        dk, dv = (x.reshape(*k.shape[:2], splits, *x.shape[2:]).sum(axis=2).astype(k.dtype) for x in (dk, dv))
+        dk, dv = (x.reshape(*k.shape[:2], splits, *x.shape[2:]).sum(axis=2).astype(dtype) for x in (dk, dv))
     delta = in_kernel[0].reshape(lse.shape) if in_kernel else _delta(out, out_error, dout, intervals)
-    return dq.reshape(q.shape).astype(q.dtype), dk, dv, delta
+    return dq.reshape(q.shape).astype(dtype), dk, dv, delta
 
 
 def _delta(out, out_error, dout, intervals: Intervals):
     """As the kernel makes it for itself; where nobody asks for it XLA drops this."""
-    exact = out.astype(jnp.float32) + (0 if out_error is None else out_error.astype(jnp.float32))
-    delta = (exact * dout.astype(jnp.float32)).sum(axis=-1)
+    delta = delta_of(out, out_error, dout)[..., 0]
     return jnp.where((intervals.lower < intervals.upper)[:, None, None], delta, 0.0)
 
 

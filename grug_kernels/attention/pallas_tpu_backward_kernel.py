@@ -21,9 +21,12 @@ NOTHING_SEEN = 1e30
 
 @dataclass(frozen=True)
 class Static:
+    """float32_gradients: dq, dk and dv are not rounded to the types of q, k and v."""
+
     sm_scale: float
     logit_soft_cap: float | None
     blocks: BackwardBlocks
+    float32_gradients: bool = False
 
 
 class _Inputs(NamedTuple):

@@ -66,7 +66,8 @@ class BackwardBlocks:
 
 @dataclass(frozen=True)
 class BackwardShape:
-    """What VMEM depends on besides the blocks. itemsize: of q, k and v; out_error_itemsize: 0 without one."""
+    """What VMEM depends on besides the blocks. itemsize: of q, k and v, and of their gradients, unless these are in
+    float32; out_error_itemsize: 0 without one."""
 
     kv_len: int
     num_kv_heads: int
@@ -75,6 +76,7 @@ class BackwardShape:
     v_head_dim: int
     itemsize: int = 2
     out_error_itemsize: int = 0
+    float32_gradients: bool = False
 
 
 def vmem_terms(shape: BackwardShape, blocks: BackwardBlocks) -> dict[str, int]:
@@ -85,16 +87,16 @@ def vmem_terms(shape: BackwardShape, blocks: BackwardBlocks) -> dict[str, int]:
     queries, keys, item = heads * group * block_q, heads * chunk, shape.itemsize
     statistic = heads * _sublanes(group) * block_q * 4
     has_one_chunk = blocks.chunks(shape.kv_len) == 1
-    q_rows = queries * width * item
+    item_out = 4 if shape.float32_gradients else item
     key_sums = shape.head_dim + shape.v_head_dim if blocks.transposed_keys else width + v_width
     return {
         # Windows are doubled, one being filled as one is used.
-        "q": 2 * q_rows,
-        "dq": 2 * q_rows if has_one_chunk else 2 * queries * width * 4,  # float32 from and to HBM between chunks
+        "q": 2 * queries * width * item,
+        "dq": 2 * queries * width * (item_out if has_one_chunk else 4),  # float32 from and to HBM between chunks
         "out, dout": 2 * 2 * queries * v_width * item,
         "error of out": 2 * queries * v_width * shape.out_error_itemsize,
         "k, v": 2 * keys * (width + v_width) * item,
-        "dk, dv": 2 * keys * (width + v_width) * (item if blocks.group_splits == 1 else 4),
+        "dk, dv": 2 * keys * (width + v_width) * (item_out if blocks.group_splits == 1 else 4),
         "lse, dlse, delta": 2 * 3 * statistic,
         "bounds": 2 * 2 * block_q * 4,
         "q, dout transposed": heads * group * (shape.head_dim + shape.v_head_dim) * block_q * item,

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from grug_kernels.attention.block_sizes import BlockSizes, default_block_sizes
 from grug_kernels.attention.mask import Intervals, visited_key_blocks
-from grug_kernels.attention.results import Results
+from grug_kernels.attention.results import Parts, Results, by_query, delta_of
 from grug_kernels.sharding import vary_alike, vary_with
 
 # Stands for "no score yet". Finite: -inf - -inf is NaN, and would poison rows that see nothing.
@@ -33,9 +33,12 @@ _NO_SCORE = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 @dataclass(frozen=True)
 class _Static:
+    """out_dtype: of `out`, and of dq, dk and dv; None: those of q, k and v."""
+
     sm_scale: float
     logit_soft_cap: float | None
     block_sizes: BlockSizes
+    out_dtype: Any = None
 
 
 class _BlockMask(NamedTuple):
@@ -48,14 +51,16 @@ class _BlockMask(NamedTuple):
 
 
 class _QueryBlock(NamedTuple):
-    """What the backward pass reads of one block of queries."""
+    """What the backward pass reads of one block of queries. delta: None where it is still to be summed, with the total
+    of the weights; else largest is the lse, and the weights are exp(score - lse)."""
 
+    mask: _BlockMask
     q: Float[Array, "num_kv_heads group block_q head_dim"]
     dout: Float[Array, "num_kv_heads group block_q v_head_dim"]
     largest: Float[Array, "num_kv_heads group block_q 1"]
     sink_weights: Float[Array, "num_kv_heads group block_q 1"]
     dlse: Float[Array, "num_kv_heads group block_q 1"]
-    mask: _BlockMask
+    delta: Float[Array, "num_kv_heads group block_q 1"] | None = None
 
 
 def attention(
@@ -96,8 +101,16 @@ def _attention(static: _Static, q, k, v, sinks, intervals):
     return _forward(static, q, k, v, sinks, intervals)[0]
 
 
-@jax.named_scope("attention_forward")
 def _forward(static: _Static, q, k, v, sinks, intervals):
+    out, largest, total, max_logits = _run_forward(static, q, k, v, sinks, intervals)
+    out = checkpoint_name(out, "attention_out")
+    largest = checkpoint_name(largest, "attention_lse")
+    return Results(out, _lse(largest, total), max_logits), (q, k, v, sinks, intervals, largest)
+
+
+@jax.named_scope("attention_forward")
+def _run_forward(static: _Static, q, k, v, sinks, intervals):
+    """out, of each query the largest score and the sum above it [batch, q_len, num_heads, 1], and max_logits."""
     num_kv_heads = k.shape[2]
     block_q, block_kv = static.block_sizes.block_q, static.block_sizes.block_kv
     head_sinks = None if sinks is None else sinks.astype(jnp.float32).reshape(num_kv_heads, -1, 1, 1)
@@ -112,46 +125,74 @@ def _forward(static: _Static, q, k, v, sinks, intervals):
     masks = _block_masks(intervals, static.block_sizes)
     results = lax.map(row, (queries, masks, _key_blocks(k, block_kv), _key_blocks(v, block_kv)))
     out, largest, total = (_from_query_blocks(blocks, q.shape[1]) for blocks in results[:3])
-    max_logits = results[3].max(axis=1).reshape(q.shape[0], q.shape[2])
-    out = checkpoint_name(out, "attention_out")
-    largest = checkpoint_name(largest, "attention_lse")
-    lse = (largest + jnp.log(total))[..., 0].swapaxes(1, 2)
-    return Results(out, lse, max_logits), (q, k, v, sinks, intervals, largest)
+    return out, largest, total, results[3].max(axis=1).reshape(q.shape[0], q.shape[2])
 
 
-@jax.named_scope("attention_backward")
+def _lse(largest, total):
+    return (largest + jnp.log(total))[..., 0].swapaxes(1, 2)
+
+
 def _backward(static: _Static, residuals, cotangents):
     """With p = exp(score - largest) / total and delta = sum p * (dout . v): dscore = p * (dout . v - delta + dlse); and
     a sink has no v, so that dsink = -sum p_sink * (delta - dlse)."""
     q, k, v, sinks, intervals, largest = residuals
     dout, dlse, _ = cotangents
-    num_kv_heads, (block_q, block_kv) = k.shape[2], (static.block_sizes.block_q, static.block_sizes.block_kv)
-    largest = jnp.where(largest == -jnp.inf, 0.0, largest)  # sees nothing: any finite number will do
-    dlse = dlse.swapaxes(1, 2)[..., None]  # [batch, q_len, num_heads, 1], laid out like q
     sink_weights = jnp.zeros_like(largest)  # before they are divided by the sum, like the weights of the keys
     if sinks is not None:
-        sink_weights = jnp.exp(sinks.astype(jnp.float32)[None, None, :, None] - largest)
-
-    def row(inputs):
-        blocks, keys, values = inputs
-        zeros = vary_with(keys, tuple(jnp.zeros(x.shape, jnp.float32) for x in (keys, values)))
-        (dk, dv), by_query = lax.scan(
-            lambda sums, block: _backward_block(static, sums, block, keys, values), zeros, blocks
-        )
-        return *by_query, dk.astype(k.dtype), dv.astype(v.dtype)
-
-    blocks = _QueryBlock(
-        *(_query_blocks(x, num_kv_heads, block_q) for x in (q, dout, largest, sink_weights, dlse)),
-        mask=_block_masks(intervals, static.block_sizes),
-    )
-    dq, dsink, dk, dv = lax.map(row, (blocks, _key_blocks(k, block_kv), _key_blocks(v, block_kv)))
-    dq, dsink = (_from_query_blocks(x, q.shape[1]) for x in (dq, dsink))
-    dk, dv = (_from_key_blocks(x, k.shape[1]) for x in (dk, dv))
+        sink_weights = jnp.exp(sinks.astype(jnp.float32)[None, None, :, None] - _finite(largest))
+    dq, dk, dv, dsink = _run_backward(static, q, k, v, intervals, (dout, largest, sink_weights, by_query(dlse)))
     dsinks = None if sinks is None else dsink.sum(axis=(0, 1, 3)).astype(sinks.dtype)
     return dq, dk, dv, dsinks, None
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def parts(
+    q, k, v, *, sm_scale: float, logit_soft_cap: float | None, block_sizes: BlockSizes | None, with_max_logits: bool
+) -> Parts:
+    """For queries and keys of these shapes."""
+    block_sizes = block_sizes or default_block_sizes(q.shape[1], k.shape[1])
+    static = _Static(sm_scale, logit_soft_cap, block_sizes, out_dtype=jnp.float32)
+
+    def forward(q, k, v, intervals):
+        out, largest, total, max_logits = _run_forward(static, q, k, v, None, intervals)
+        return Results(out, _lse(largest, total), max_logits if with_max_logits else None), None
+
+    def backward(q, k, v, intervals, out, out_error, lse, dout, dlse):
+        lse, dlse, delta = by_query(lse), by_query(dlse), delta_of(out, out_error, dout)
+        return _run_backward(static, q, k, v, intervals, (dout, lse, jnp.zeros_like(lse), dlse, delta))[:3]
+
+    return Parts(forward, backward)
+
+
+@jax.named_scope("attention_backward")
+def _run_backward(static: _Static, q, k, v, intervals, by_query):
+    """dq, dk, dv, and of each query what it adds to the gradient of the sink. by_query: the fields of `_QueryBlock`
+    from dout on, [batch, q_len, num_heads, v_head_dim | 1]."""
+    num_kv_heads, (block_q, block_kv) = k.shape[2], (static.block_sizes.block_q, static.block_sizes.block_kv)
+    dout, largest, *others = by_query
+
+    def row(inputs):
+        blocks, keys, values = inputs
+        zeros = vary_with(keys, tuple(jnp.zeros(x.shape, jnp.float32) for x in (keys, values)))
+        (dk, dv), of_blocks = lax.scan(
+            lambda sums, block: _backward_block(static, sums, block, keys, values), zeros, blocks
+        )
+        return *of_blocks, dk.astype(static.out_dtype or k.dtype), dv.astype(static.out_dtype or v.dtype)
+
+    blocks = _QueryBlock(
+        _block_masks(intervals, static.block_sizes),
+        *(_query_blocks(x, num_kv_heads, block_q) for x in (q, dout, _finite(largest), *others)),
+    )
+    dq, dsink, dk, dv = lax.map(row, (blocks, _key_blocks(k, block_kv), _key_blocks(v, block_kv)))
+    dq, dsink = (_from_query_blocks(x, q.shape[1]) for x in (dq, dsink))
+    dk, dv = (_from_key_blocks(x, k.shape[1]) for x in (dk, dv))
+    return dq, dk, dv, dsink
+
+
+def _finite(largest):
+    return jnp.where(largest == -jnp.inf, 0.0, largest)  # sees nothing: any finite number will do
 
 
 def _forward_block(static: _Static, q, mask: _BlockMask, keys, values, sinks):
@@ -187,7 +228,7 @@ def _forward_block(static: _Static, q, mask: _BlockMask, keys, values, sinks):
         rescale = jnp.exp(largest - with_sink)
         total, weighted = rescale * total + jnp.exp(sinks - with_sink), rescale * weighted
         largest = with_sink
-    out = jnp.where(sees, weighted / total, 0.0).astype(q.dtype)
+    out = jnp.where(sees, weighted / total, 0.0).astype(static.out_dtype or q.dtype)
     largest = jnp.where(sees, largest, -jnp.inf if sinks is None else sinks)
     return out, largest, jnp.where(sees, total, 1.0), max_logits
 
@@ -209,10 +250,13 @@ def _backward_block(static: _Static, sums, block: _QueryBlock, keys, values):
         _, weights, dweights = weights_of(n)
         return total + weights.sum(axis=3, keepdims=True), delta + (weights * dweights).sum(axis=3, keepdims=True)
 
-    start = (block.sink_weights, jnp.zeros_like(block.dlse))
-    total, delta = _for_key_blocks(block.mask, keys.shape[0], add_sums, start)
-    total = jnp.where(total == 0.0, 1.0, total)
-    delta = delta / total
+    if block.delta is None:
+        start = (block.sink_weights, jnp.zeros_like(block.dlse))
+        total, delta = _for_key_blocks(block.mask, keys.shape[0], add_sums, start)
+        total = jnp.where(total == 0.0, 1.0, total)
+        delta = delta / total
+    else:
+        total, delta = 1.0, block.delta
 
     def add_key_block(n, state):
         dq, dk, dv = state
@@ -232,7 +276,7 @@ def _backward_block(static: _Static, sums, block: _QueryBlock, keys, values):
     start = (vary_with(block.q, jnp.zeros(block.q.shape, jnp.float32)), *sums)
     dq, dk, dv = _for_key_blocks(block.mask, keys.shape[0], add_key_block, start)
     dsink = -block.sink_weights / total * (delta - block.dlse)
-    return (dk, dv), (dq.astype(block.q.dtype), dsink)
+    return (dk, dv), (dq.astype(static.out_dtype or block.q.dtype), dsink)
 
 
 def _scores(static: _Static, q, key, mask: _BlockMask, n):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from grug_kernels import dispatch
 from grug_kernels.cross_entropy import reference, xla
 from grug_kernels.cross_entropy.block_sizes import BlockSizes
-from grug_kernels.cross_entropy.settings import LossSettings, Shards
+from grug_kernels.cross_entropy.settings import LossSettings, Shards, flattened, unflattened
 
 Implementation = Literal["pallas_tpu", "xla", "reference"]
 Reduction = Literal["mean", "sum"]
@@ -34,11 +34,11 @@ class LossParts:
 
 
 def linear_cross_entropy(
-    hidden: Float[Array, "tokens hidden_dim"],
+    hidden: Float[Array, "*tokens hidden_dim"],
     lm_head: Float[Array, "hidden_dim vocab_size"],
-    labels: Int[Array, " tokens"],
+    labels: Int[Array, "*tokens"],
     *,
-    weight: Float[Array, " tokens"],
+    weight: Float[Array, "*tokens"],
     z_loss_weight: float = 0.0,
     logit_soft_cap: float | None = None,
     reduction: Reduction = "mean",
@@ -61,6 +61,7 @@ def linear_cross_entropy(
     hidden and lm_head share a dtype, bfloat16 or float32. Logits, sums and lse are float32; the gradient in the logits
     is rounded to that dtype for its matmuls, which add up in float32. Gradients: hidden, lm_head, weight.
 
+    Tokens are one dimension or two, batch and seq_len, which may both be split: each device takes what it has of them.
     Under an explicit mesh the tokens may be split over any axes, the vocabulary over others, and lm_head's hidden_dim
     over any (it is gathered, the vocabulary is not). labels and weight are moved to the tokens' layout if they differ.
 
@@ -78,6 +79,7 @@ def linear_cross_entropy(
     """
     _check_arrays(hidden, lm_head, {"labels": labels, "weight": weight})
     _check_constants(z_loss_weight, logit_soft_cap, reduction)
+    hidden, labels, weight = flattened(hidden, labels, weight)
     settings = LossSettings(z_loss_weight, logit_soft_cap, block_sizes, Shards.of(hidden, lm_head))
     hidden, lm_head, labels, weight = settings.shards.place(hidden, lm_head, labels, weight)
 
@@ -94,15 +96,15 @@ def linear_cross_entropy(
 
 
 def token_losses(
-    hidden: Float[Array, "tokens hidden_dim"],
+    hidden: Float[Array, "*tokens hidden_dim"],
     lm_head: Float[Array, "hidden_dim vocab_size"],
-    labels: Int[Array, " tokens"],
+    labels: Int[Array, "*tokens"],
     *,
     logit_soft_cap: float | None = None,
     return_argmax: bool = False,
     implementation: Implementation | None = None,
     block_sizes: BlockSizes | None = None,
-) -> tuple[Float[Array, " tokens"], Float[Array, " tokens"]] | tuple[Array, Array, Int[Array, " tokens"]]:
+) -> tuple[Float[Array, "*tokens"], Float[Array, "*tokens"]] | tuple[Array, Array, Int[Array, "*tokens"]]:
     """Each token's loss and log-sum-exp, for evaluation: ce and lse of `linear_cross_entropy`, blockwise like it.
 
     The loss is 0 for a negative label and NaN for one >= vocab_size; lse is that of the row in any case.
@@ -112,10 +114,13 @@ def token_losses(
     """
     _check_arrays(hidden, lm_head, {"labels": labels})
     _check_constants(0.0, logit_soft_cap, "sum")
+    rows = hidden
+    hidden, labels = flattened(rows, labels)
     settings = LossSettings(0.0, logit_soft_cap, block_sizes, Shards.of(hidden, lm_head))
     hidden, lm_head, labels = settings.shards.place(hidden, lm_head, labels)
     loss, lse, argmax = dispatch.call("cross_entropy", implementation, TOKEN_LOSSES, hidden, lm_head, labels, settings)
     loss = jnp.where(labels < 0, 0.0, jnp.where(labels < lm_head.shape[1], loss, jnp.nan))
+    loss, lse, argmax = (unflattened(x, rows) for x in (loss, lse, argmax))
     return (loss, lse, argmax) if return_argmax else (loss, lse)
 
 
@@ -167,14 +172,14 @@ def _divided(x: jax.Array, weight_sum: jax.Array) -> jax.Array:
 
 
 def _check_arrays(hidden, lm_head, per_token: dict[str, jax.Array]) -> None:
-    if hidden.ndim != 2 or lm_head.ndim != 2:
+    if hidden.ndim not in (2, 3) or lm_head.ndim != 2:
         raise ValueError(
-            f"cross_entropy: hidden {hidden.shape} and lm_head {lm_head.shape} must be [tokens, hidden_dim] and"
-            " [hidden_dim, vocab_size]. Flatten batch and seq_len to tokens first: hidden.reshape(-1, hidden_dim)."
+            f"cross_entropy: hidden {hidden.shape} and lm_head {lm_head.shape} must be [tokens, hidden_dim], or [batch,"
+            " seq_len, hidden_dim], and [hidden_dim, vocab_size]. Flatten what else there is to tokens first."
         )
-    if hidden.shape[1] != lm_head.shape[0]:
+    if hidden.shape[-1] != lm_head.shape[0]:
         raise ValueError(
-            f"cross_entropy: hidden {hidden.shape} has hidden_dim={hidden.shape[1]}, but lm_head {lm_head.shape} has"
+            f"cross_entropy: hidden {hidden.shape} has hidden_dim={hidden.shape[-1]}, but lm_head {lm_head.shape} has"
             f" {lm_head.shape[0]} rows; they must be equal. An embedding [vocab_size, hidden_dim] is passed as its .T."
         )
     if 0 in (*hidden.shape, *lm_head.shape):
@@ -189,9 +194,9 @@ def _check_arrays(hidden, lm_head, per_token: dict[str, jax.Array]) -> None:
         )
     kinds = {"labels": jnp.integer, "weight": jnp.floating}
     for name, x in per_token.items():
-        if x.shape != hidden.shape[:1]:
+        if x.shape != hidden.shape[:-1]:
             raise ValueError(
-                f"cross_entropy: {name} {x.shape} must be [tokens] = ({hidden.shape[0]},), one for each row of"
+                f"cross_entropy: {name} {x.shape} must be [tokens] = {hidden.shape[:-1]}, one for each row of"
                 f" hidden {hidden.shape}."
             )
         if not jnp.issubdtype(x.dtype, kinds[name]):

@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from grug_kernels.cross_entropy.block_sizes import BlockSizes
-from grug_kernels.sharding import Axes, mesh_of, sharded_axes
+from grug_kernels.sharding import Axes, mesh_of, sharded_axes, shards_of
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,36 @@ class Shards:
 
 def _spec(axes_of_dimensions: tuple[Axes, ...]) -> P:
     return P(*(axes or None for axes in axes_of_dimensions))
+
+
+def flattened(hidden: jax.Array, *per_token: jax.Array) -> tuple[jax.Array, ...]:
+    """[batch, seq_len, ...] -> [tokens, ...]: every device puts its own rows one behind the other, and nothing moves.
+
+    All arrays come in the same order, which is that of the batch where positions are not split, and of no matter where
+    they are: losses are added up, or go back by `unflattened`. Arrays of [tokens, ...] stay as they are.
+    """
+    if hidden.ndim == 2:
+        return hidden, *per_token
+    rows = sharded_axes(hidden)[:2]
+    per_token = tuple(x if sharded_axes(x) == rows else jax.reshard(x, _spec(rows)) for x in per_token)
+    return tuple(
+        _on_each_device(lambda x: x.reshape(-1, *x.shape[2:]), x, (sum(rows, ()), *sharded_axes(x)[2:]))
+        for x in (hidden, *per_token)
+    )
+
+
+def unflattened(x: jax.Array, hidden: jax.Array) -> jax.Array:
+    """[tokens] -> [batch, seq_len] of `hidden`, as it was before it was `flattened`."""
+    if hidden.ndim == 2:
+        return x
+    rows = sharded_axes(hidden)[:2]
+    return _on_each_device(lambda x: x.reshape(-1, hidden.shape[1] // shards_of(rows[1])), x, rows)
+
+
+def _on_each_device(local: Callable[[jax.Array], jax.Array], x: jax.Array, out_axes: tuple[Axes, ...]) -> jax.Array:
+    if AxisType.Explicit not in mesh_of(x).axis_types:
+        return local(x)
+    return jax.shard_map(local, in_specs=_spec(sharded_axes(x)), out_specs=_spec(out_axes))(x)
 
 
 @dataclass(frozen=True)

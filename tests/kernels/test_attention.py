@@ -147,6 +147,19 @@ def assert_as_good_as_plain(case: Case, inputs, mask: AttentionMask, results, *,
         assert error <= limit, f"{name}: {error:.3g} > {limit:.3g}; plain {plain_error:.3g}"
 
 
+def errors_over_draws(case: Case, scale: float, run) -> dict[str, float]:
+    """Root mean square errors of run(*inputs, mask), the causal one, over four draws together: by name, those there
+    are."""
+    squares = {name: [] for name in NAMES}
+    for seed in range(4):
+        inputs = case.inputs(seed, scale)
+        results = run(*inputs, AttentionMask())
+        for name, ours, exact in zip(NAMES, results, oracle(case, inputs, AttentionMask()), strict=True):
+            if exact is not None:
+                squares[name].append(np.square(np.asarray(ours, np.float64) - exact))
+    return {name: float(np.sqrt(np.mean(found))) for name, found in squares.items() if found}
+
+
 def usual_error_of_dsinks(inputs, truth, plain) -> float:
     """What plain jnp's error of out makes of delta = sum out * dout, as if it were independent from query to query."""
     (_, _, _, sinks, dout, _), (out, lse, *_) = inputs, truth

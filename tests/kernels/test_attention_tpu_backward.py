@@ -272,7 +272,8 @@ def test_default_blocks_fit(chip, head_dim):
     vmem = next(tpu.vmem_bytes for tpu in TPUS if tpu.name == chip)
     for kv_len in (512, 8192, 9 * 512, 2**20):
         for num_kv_heads, group, itemsize in ((8, 4, 2), (16, 1, 2), (1, 16, 2), (8, 4, 4)):
-            shape = BackwardShape(kv_len, num_kv_heads, group, head_dim, head_dim, itemsize, itemsize)
+            of_ring = kv_len == 9 * 512
+            shape = BackwardShape(kv_len, num_kv_heads, group, head_dim, head_dim, itemsize, itemsize, of_ring)
             blocks = default_backward_blocks(shape, chip)
             assert vmem_bytes(shape, blocks) < blocks.vmem_limit < vmem
             assert kv_len % blocks.block_kv == 0
@@ -284,11 +285,12 @@ def test_default_blocks_fit(chip, head_dim):
 
 
 @pytest.mark.skipif(not has_libtpu(), reason=LIBTPU_IS_MISSING)
-def test_vmem_is_what_the_compiler_says():
-    """Sizes that fill no register; two chunks, dq through HBM. The batch is large because XLA would keep
+@pytest.mark.parametrize(("key_chunk", "float32_gradients"), [(512, False), (1024, True)])
+def test_vmem_is_what_the_compiler_says(key_chunk, float32_gradients):
+    """Sizes that fill no register; two chunks, dq through HBM, and one. The batch is large because XLA would keep
     arrays of a few MiB in VMEM as they are; the smallest it still does."""
-    blocks = BackwardBlocks(key_chunk=512)
-    shape = BackwardShape(1024, 2, 2, 96, 64, out_error_itemsize=2)
+    blocks = BackwardBlocks(key_chunk=key_chunk)
+    shape = BackwardShape(1024, 2, 2, 96, 64, out_error_itemsize=2, float32_gradients=float32_gradients)
     queries, keys, bounds = (32, 2, 2, 1024), (32, 2, 1024), jax.ShapeDtypeStruct((32, 1024), jnp.int32)
     q, out = (jax.ShapeDtypeStruct((*queries, width), jnp.bfloat16) for width in (96, 64))
     k, v = (jax.ShapeDtypeStruct((*keys, width), jnp.bfloat16) for width in (96, 64))
@@ -297,7 +299,7 @@ def test_vmem_is_what_the_compiler_says():
     def backward(q, k, v, out, lse, dout, dlse, out_error, lower, upper):
         intervals = Intervals(lower, upper)
         plan = backward_plan(intervals, 1024, blocks)
-        static = Static(0.1, None, blocks)
+        static = Static(0.1, None, blocks, float32_gradients)
         return attention_backward(q, k, v, out, lse, dout, dlse, intervals, plan, static, out_error=out_error)[:3]
 
     args = (q, k, v, out, lse, out, lse, out, bounds, bounds)

@@ -23,7 +23,7 @@ LABELS, WEIGHT = jnp.zeros(6, jnp.int32), jnp.ones(6)
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"hidden": jnp.ones((2, 3, 4))}, r"hidden \(2, 3, 4\) and .* Flatten batch and seq_len"),
+        ({"hidden": jnp.ones((2, 1, 3, 4))}, r"hidden \(2, 1, 3, 4\) and .* Flatten what else"),
         ({"lm_head": jnp.ones((9, 4))}, r"hidden_dim=4, but lm_head \(9, 4\) has 9 rows"),
         ({"hidden": jnp.ones((0, 4))}, "at least one token"),
         ({"hidden": jnp.ones((6, 4), jnp.bfloat16)}, "hidden is bfloat16 and lm_head float32; both must be"),

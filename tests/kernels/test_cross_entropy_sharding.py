@@ -94,6 +94,20 @@ def test_sharded_equals_unsharded(function, layout):
         assert gradient.sharding.is_equivalent_to(array.sharding, gradient.ndim)
 
 
+@pytest.mark.parametrize("function", [loss_and_gradients, token_losses_and_gradients])
+def test_rows_whose_positions_are_split_too(function):
+    """[batch, seq_len, hidden_dim]: what is of a token comes back in its place."""
+    inputs, expected = unsharded(function)
+    hidden, lm_head, labels, weight = (np.asarray(x) for x in inputs.arrays)
+    with jax.set_mesh(mesh_of((1, 2, 2, 1, 2))):
+        hidden, labels, weight = (
+            jax.device_put(x.reshape(8, 12, *x.shape[1:]), P(BATCH, "context")) for x in (hidden, labels, weight)
+        )
+        got = jax.jit(function)(hidden, jax.device_put(lm_head, P(("data", "context"), "model")), labels, weight)
+    for value, truth in zip(jax.tree.leaves(got), expected, strict=True):
+        assert relative_error(np.asarray(value).reshape(truth.shape), truth) < 2e-6
+
+
 def test_reference_takes_sharded_arrays():
     lengths, *specs = LAYOUTS["fsdp and vocabulary"]
     inputs, expected = unsharded(loss_and_gradients)
