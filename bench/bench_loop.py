@@ -4,7 +4,8 @@ everything on, checkpoints, what is watched, and every tracker.
 
 Two runs of `train.run` and the bare step take turns, a window of ten steps each, the others stopped meanwhile: a minute
 in which the machine is slow slows all three alike. Beside the time stands what the processors worked, all threads and
-child processes: a CPU's step keeps every core busy, so what works behind it is paid there.
+child processes, and of it what was no computing: that is paid where the step keeps every core busy, and does not
+change with the machine's mood.
 """
 
 import functools
@@ -18,7 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
-from time import perf_counter, process_time, sleep
+from time import perf_counter, sleep
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +34,7 @@ from train.tracker import METRICS_FILE
 VARIANT = "array_stacked"
 LOG_EVERY, WINDOWS = 10, 10
 STEPS = LOG_EVERY * (WINDOWS + 2)  # a first window, which compiles, and a last one, which saves and evaluates
+COMPUTING = "tf_XLAEigen"  # the threads of the CPU backend
 CASES = ("step alone", "step in the loop", "step with everything on")
 
 # Data, metrics.jsonl and progress; no evaluation, which is work of its own, and no checkpoint but the last.
@@ -50,23 +52,49 @@ ENVIRONMENT = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", VARIABLE: "10"}
 
 
 class Window(NamedTuple):
-    """Seconds per step: of the clock, and of all processors."""
+    """Seconds per step: of the clock, of all processors, and of those what did no computing."""
 
     seconds: float
     cpu_seconds: float
+    beside_seconds: float
 
 
-def cpu_seconds(process: int) -> float:
-    """User and system seconds of a process and of its descendants, from /proc."""
+class Cpu(NamedTuple):
+    """User and system seconds so far: of all threads, and of those that XLA computes with."""
+
+    all: float
+    computing: float
+
+
+def cpu_of(process: int) -> Cpu:
+    """Of a process and of its descendants, from /proc."""
     stats = {}
     for file in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended
-            pid, rest = file.parent.name, file.read_text().rpartition(")")[2].split()
-            stats[int(pid)] = int(rest[1]), int(rest[11]) + int(rest[12])
+            stats[int(file.parent.name)] = _fields(file)
     family = {process}
-    while children := {pid for pid, (parent, _) in stats.items() if parent in family} - family:
+    while children := {pid for pid, (_, parent, _) in stats.items() if parent in family} - family:
         family |= children
-    return sum(stats[pid][1] for pid in family) / os.sysconf("SC_CLK_TCK")
+    threads = []
+    for file in Path(f"/proc/{process}/task").glob("*/stat"):
+        with suppress(OSError):
+            threads.append(_fields(file))
+    computing = sum(seconds for name, _, seconds in threads if name == COMPUTING)
+    return Cpu(sum(stats[pid][2] for pid in family), computing)
+
+
+def _fields(stat: Path) -> tuple[str, int, float]:
+    """Name, parent, seconds of a process or thread."""
+    head, _, rest = stat.read_text().rpartition(")")
+    fields = rest.split()
+    return head.partition("(")[2], int(fields[1]), (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def window_of(start: float, before: Cpu, process: int) -> Window:
+    """Of LOG_EVERY steps that began at `start`, and end now."""
+    seconds, now = perf_counter() - start, cpu_of(process)
+    cpu, computing = now.all - before.all, now.computing - before.computing
+    return Window(*(value / LOG_EVERY for value in (seconds, cpu, cpu - computing)))
 
 
 class Run:
@@ -77,18 +105,17 @@ class Run:
 
     def window(self) -> Window:
         """Lets it go on until it has logged another window."""
-        before, cpu = self._logged(), cpu_seconds(self._process.pid)
-        start = perf_counter()
+        before, cpu, start = self._logged(), cpu_of(self._process.pid), perf_counter()
         self._process.send_signal(signal.SIGCONT)
         while self._logged() == before:
             if self._process.poll() is not None:
                 raise RuntimeError(
                     f"the run of {self._metrics.parent} ended before its last window: see output.txt there"
                 )
-            sleep(0.002)
-        seconds = perf_counter() - start
+            sleep(0.02)  # a look costs, too, and is paid by whoever has the turn
+        window = window_of(start, cpu, self._process.pid)
         self._process.send_signal(signal.SIGSTOP)
-        return Window(seconds / LOG_EVERY, (cpu_seconds(self._process.pid) - cpu) / LOG_EVERY)
+        return window
 
     def _logged(self) -> int:
         return self._metrics.read_bytes().count(b'"throughput/duration"') if self._metrics.exists() else 0
@@ -109,11 +136,11 @@ def started(folder: Path, flags: list[str], environment: dict[str, str]) -> Iter
 
 def bare_window(compiled: Compiled, state: Any, batch: Any) -> tuple[Window, Any]:
     """LOG_EVERY steps dispatched one after the other and waited for once, as the loop does."""
-    start, cpu = perf_counter(), process_time()
+    cpu, start = cpu_of(os.getpid()), perf_counter()
     for _ in range(LOG_EVERY):
         state, _ = compiled.call(state, batch)
     jax.block_until_ready(state)
-    return Window((perf_counter() - start) / LOG_EVERY, (process_time() - cpu) / LOG_EVERY), state
+    return window_of(start, cpu, os.getpid()), state
 
 
 @functools.cache

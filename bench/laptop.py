@@ -4,7 +4,7 @@
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from bench.timing import Compiled
 from train.mesh import BATCH_AXES, create_mesh
-
-
-class Mask(NamedTuple):
-    segment_ids: tuple[jax.Array, jax.Array]
-
-
-class Example(NamedTuple):
-    """The fields of Levanter's GrugLmExample."""
-
-    tokens: jax.Array
-    loss_weight: jax.Array
-    attn_mask: Mask
+from train.shapes import Example, Mask
 
 
 @contextmanager

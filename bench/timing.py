@@ -2,7 +2,6 @@
 """Compile times, memory and interleaved timings: what every row of a benchmark states."""
 
 import functools
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from time import perf_counter
 from typing import Any
 
 import jax
+
+from train.git import git
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,7 @@ def commit() -> str:
     """The commit that was measured, with "+" where files differ from it."""
     here = Path(__file__).parent
     try:
-        head = subprocess.check_output(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=here, text=True, stderr=subprocess.DEVNULL
-        )
-        changed = subprocess.check_output(["git", "status", "--porcelain"], cwd=here, text=True)
-    except (OSError, subprocess.CalledProcessError):
+        head, changed = git(here, "rev-parse", "--short", "HEAD"), git(here, "status", "--porcelain")
+    except ValueError:
         return "unknown"
     return head.strip() + ("+" if changed else "")

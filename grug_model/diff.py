@@ -44,7 +44,6 @@ def compare(left: Path, right: Path, *, root: Path = ROOT) -> Comparison:
         right_sources=sources(right),
         left_facts=facts_of(left),
         right_facts=facts_of(right),
-        distance=between,
         closest=(nearest[0].name, nearest[1]) if nearest and nearer else None,
     )
 

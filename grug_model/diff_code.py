@@ -11,7 +11,7 @@ import io
 import re
 import tokenize
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import lru_cache
@@ -77,7 +77,10 @@ class Distance:
 
 
 def distance(template: Path, variant: Path) -> Distance:
-    by_file = distance_by_file(sources(template), sources(variant))
+    return total(distance_by_file(sources(template), sources(variant)))
+
+
+def total(by_file: Mapping[str, Distance]) -> Distance:
     return Distance(sum(file.changed for file in by_file.values()), sum(file.of for file in by_file.values()))
 
 

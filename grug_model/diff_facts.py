@@ -16,7 +16,7 @@ from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 from train.mesh import AXES
 from train.rundir import as_dict, flat
@@ -47,18 +47,6 @@ class Facts:
     arrays: Mapping[str, Counter[str]] = field(default_factory=dict)
     kernels: Mapping[tuple[str, str], str] = field(default_factory=dict)
     problems: Mapping[str, str] = field(default_factory=dict)
-
-
-class Mask(NamedTuple):
-    segment_ids: tuple[Any, Any]
-
-
-class Batch(NamedTuple):
-    """The fields of Levanter's GrugLmExample that a training step reads."""
-
-    tokens: Any
-    loss_weight: Any
-    attn_mask: Mask
 
 
 def facts_of(variant: Path, *, kernels: bool = True) -> Facts:
@@ -118,12 +106,9 @@ def _flops(code: SimpleNamespace) -> Counts:
 
 
 def _params(code: SimpleNamespace, cfg: Any) -> Any:
-    """Shapes, dtypes and shardings."""
-    import jax
+    from train.shapes import abstract_parameters
 
-    with jax.sharding.use_abstract_mesh(_mesh("cpu")):
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        return jax.eval_shape(lambda key: code.model.Transformer.init(cfg, key=key), key)
+    return abstract_parameters(code.model.Transformer, cfg, _mesh("cpu"))
 
 
 def _arrays(code: SimpleNamespace) -> dict[str, Counter[str]]:
@@ -146,6 +131,7 @@ def _kernels(code: SimpleNamespace, platform: str) -> dict[tuple[str, str], str]
     import jax
 
     from grug_kernels import dispatch
+    from train.shapes import abstract_batch
 
     config = code.launch.PRESETS[PRESET]
     optimizer = config.optimizer.build(config.trainer.steps, matrix_axes=code.train.matrix_axes)
@@ -154,7 +140,7 @@ def _kernels(code: SimpleNamespace, platform: str) -> dict[tuple[str, str], str]
     with jax.sharding.use_abstract_mesh(mesh), dispatch.targeting(platform), dispatch.recording() as choices:
         key = jax.eval_shape(lambda: jax.random.key(0))
         state = jax.eval_shape(lambda key: init(key=key), key)
-        batch = _batch(mesh, config.trainer.batch_size, config.trainer.seq_len)
+        batch = abstract_batch(mesh, config.trainer.batch_size, config.trainer.seq_len)
         step = code.train.make_train_step(optimizer, config.trainer)
         step.trace(state, batch).lower(lowering_platforms=(platform,))
     used: dict[tuple[str, str], dict[str, None]] = {}
@@ -170,15 +156,6 @@ def _mesh(platform: str) -> Any:
 
     tpu = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu") if platform == "tpu" else None
     return AbstractMesh((1, 2, 1, 1, 2), AXES, axis_types=(AxisType.Explicit,) * 5, abstract_device=tpu)
-
-
-def _batch(mesh: Any, batch_size: int, seq_len: int) -> Batch:
-    import jax
-    import jax.numpy as jnp
-
-    spec = jax.sharding.PartitionSpec(("replica_dcn", "data"), None)
-    struct = partial(jax.ShapeDtypeStruct, (batch_size, seq_len), sharding=jax.sharding.NamedSharding(mesh, spec))
-    return Batch(struct(jnp.int32), struct(jnp.float32), Mask((struct(jnp.int32), struct(jnp.int32))))
 
 
 # Held against each other.

@@ -3,12 +3,13 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 
 from grug_model import diff_facts
-from grug_model.diff_code import Distance, Line, Row, distance_by_file, side_by_side
+from grug_model.diff_code import Distance, Line, Row, distance_by_file, side_by_side, total
 from grug_model.diff_facts import PRESET, Counts, Facts
-from train.page import folded, page, table
+from train.page import folded, page, table, tiles
 
 # Unchanged lines that stay in sight around a change.
 CONTEXT = 3
@@ -49,8 +50,15 @@ class Comparison:
     right_sources: Mapping[str, str]
     left_facts: Facts
     right_facts: Facts
-    distance: Distance
     closest: tuple[str, Distance] | None = None
+
+    @cached_property
+    def files(self) -> dict[str, Distance]:
+        return distance_by_file(dict(self.left_sources), dict(self.right_sources))
+
+    @property
+    def distance(self) -> Distance:
+        return total(self.files)
 
     @property
     def problems(self) -> list[tuple[str, str, str]]:
@@ -109,13 +117,9 @@ def _sections(found: Comparison) -> Iterator[str]:
 
 
 def _status(found: Comparison) -> str:
-    changed = [name for name, file in _changed_files(found) if file.changed]
+    changed = [name for name, file in found.files.items() if file.changed]
     where = f"code changed in {', '.join(changed)}" if changed else "no code changed"
     return escape(f"{where}. {found.advice or ''}".strip())
-
-
-def _changed_files(found: Comparison) -> list[tuple[str, Distance]]:
-    return list(distance_by_file(dict(found.left_sources), dict(found.right_sources)).items())
 
 
 def _note(text: str) -> str:
@@ -140,17 +144,13 @@ def _beside(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
 def _tiles(found: Comparison) -> str:
     left, right = found.left_facts, found.right_facts
     near = found.closest[0] if found.closest else found.left
-    tiles = [
+    rows = [
         (f"distance from {found.left}", f"{found.distance.percent:.1f} %", _lines_of(found.distance)),
         ("closest variant", near, str(found.closest[1]) if found.closest else "of those there are"),
         (f"parameters, {PRESET}", *_count(left.parameters, right.parameters)),
         (f"FLOPs per token, {PRESET}", *_count(left.flops, right.flops)),
     ]
-    cells = (
-        f'<div class="card tile"><span>{escape(name)}</span><b>{escape(value)}</b><small>{escape(note)}</small></div>'
-        for name, value, note in tiles
-    )
-    return f'<div class="tiles">{"".join(cells)}</div>'
+    return tiles(rows)
 
 
 def _lines_of(distance: Distance) -> str:
@@ -171,14 +171,14 @@ def _count(left: Counts, right: Counts) -> tuple[str, str]:
 
 
 def _files(found: Comparison) -> Iterator[str]:
-    for name, file in _changed_files(found):
+    for name, file in found.files.items():
         left, right = found.left_sources.get(name), found.right_sources.get(name)
         if left == right:
             continue
         only = f", only in {found.left if right is None else found.right}" if left is None or right is None else ""
         yield f"<h3>{escape(name)}<small>{_lines(file.changed)} of code changed{escape(only)}</small></h3>"
         yield f'<div class="card text">{"".join(_stretches(side_by_side(left or "", right or "")))}</div>'
-    same = [name for name, _ in _changed_files(found) if found.left_sources.get(name) == found.right_sources.get(name)]
+    same = [name for name in found.files if found.left_sources.get(name) == found.right_sources.get(name)]
     if same:
         yield f"<p></p>{_note(f'The same in both, letter by letter: {", ".join(same)}.')}"
 
@@ -224,7 +224,7 @@ def summary(found: Comparison) -> str:
     lines += [f"> **{name}: {what} could not be computed.** {_inline(why)}\n" for name, what, why in found.problems]
     rows = [
         ("lines of code changed in " + name, "", str(file.changed))
-        for name, file in _changed_files(found)
+        for name, file in found.files.items()
         if file.changed
     ]
     for title, of in (("parameters", "parameters"), ("FLOPs per token", "flops")):

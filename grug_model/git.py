@@ -1,24 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the archive and the comment on a pull request ask git."""
 
-import subprocess
 from pathlib import Path
 
-
-def git(root: Path, *arguments: str) -> str:
-    """What `git <arguments>` prints, run in `root`.
-
-    Raises:
-      ValueError: there is no git, `root` is in no repository, or git refused; the message says what it said.
-    """
-    command = f"git {' '.join(arguments)}"
-    try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
-    except FileNotFoundError as error:
-        raise ValueError(f"{command}: git is not installed, or not in PATH. This command cannot do without.") from error
-    if done.returncode:
-        raise ValueError(f"{command} failed in {root}: {done.stderr.strip() or f'exit code {done.returncode}'}")
-    return done.stdout
+from train.git import git
 
 
 def variants_at(root: Path, ref: str) -> set[str]:

@@ -13,16 +13,15 @@ See docs/recipes/change-grug.md.
 """
 
 import argparse
-import importlib
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from grug_model import variants_edit
-from grug_model.archive import BUCKETS, ROOT, lint, read, template_of
+from grug_model.archive import BUCKETS, ROOT, find, lint, read, template_of
 from grug_model.diff_code import distance, variants_in
-from train.command import errors_explained
+from train.command import aligned, errors_explained
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,7 +60,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, *, root: Path = ROOT) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["score"]:
-        importlib.import_module("grug_model.score").main(argv[1:])
+        from grug_model.score import main as score
+
+        score(argv[1:])
         return
     options = parser().parse_args(argv)
     with errors_explained():
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None, *, root: Path = ROOT) -> None:
             case "diff":
                 from grug_model import diff
 
-                origin, variant = variants_edit.template_and_variant(options.name, root=root)
+                origin, variant = variants_edit.template_and_variant(find(root, options.name), root=root)
                 out = options.out or Path("runs") / "diffs" / options.name
                 diff.main([str(origin), str(variant), "--out", str(out)], root=root)
             case "list":
@@ -114,9 +115,8 @@ def print_list(root: Path) -> None:
         )
         problems = [f"warning: {what} could not be computed. {why}" for what, why in facts.problems.items()]
         below.append([line for line in (fields.get("Purpose"), variants_edit.last_score(name), *problems) if line])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row, lines in zip(rows, below, strict=True):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for row, lines in zip(aligned(rows), below, strict=True):
+        print(row)
         for line in lines:
             print(textwrap.fill(line, 120, initial_indent="    ", subsequent_indent="      "))
 

@@ -7,7 +7,6 @@ place whole, and taken back where the archive cannot be written.
 
 import ast
 import dataclasses
-import importlib
 import keyword
 import shutil
 import textwrap
@@ -106,27 +105,26 @@ def _begin_docstring(model: Path, purpose: str) -> None:
         model.write_text(f"{head}{quotes}{textwrap.fill(purpose, 117)}\n\n{rest}")
 
 
-def template_and_variant(name: str, *, root: Path) -> tuple[Path, Path]:
-    """Its directory, and the one that its entry says it was copied from (base, where that is gone).
+def template_and_variant(entry: Entry, *, root: Path) -> tuple[Path, Path]:
+    """The directory that the entry says it was copied from (base, where that is gone), and its own.
 
     Raises:
-      ValueError: it has no entry, or its directory is gone.
+      ValueError: its directory is gone.
     """
-    entry = find(root, name)
     variant = root / entry.path
     if not variant.is_dir():
         commit = entry.fields.get("Last known-good", "COMMIT")
         raise ValueError(
-            f"{entry.path} is not there: {name} is {entry.status}. `git checkout {commit} -- {entry.path}` brings it"
-            " back from the last commit where it was known to be good."
+            f"{entry.path} is not there: {entry.id} is {entry.status}. `git checkout {commit} -- {entry.path}` brings"
+            " it back from the last commit where it was known to be good."
         )
     return template_of(root, entry), variant
 
 
 def record(name: str, fields: dict[str, str], *, root: Path) -> None:
     """Writes `fields` into the entry, and distance and first commit as they are now."""
-    template, variant = template_and_variant(name, root=root)
     entry = find(root, name)
+    template, variant = template_and_variant(entry, root=root)
     entry = dataclasses.replace(entry, fields=entry.fields | _as_of_today(entry, template, variant, root) | fields)
     write(root, entry)
     print(entry, end="")
@@ -147,7 +145,9 @@ def _as_of_today(entry: Entry, template: Path, variant: Path, root: Path) -> dic
 
 def last_score(name: str) -> str | None:
     """What `python -m grug_model.score` found last, in a line; None where the variant was never scored."""
-    row = importlib.import_module("grug_model.score").last_scores().get(name)
+    from grug_model.score import last_scores
+
+    row = last_scores().get(name)
     if row is None:
         return None
     interval = f" ± {row['loss_half_width']:.3f}" if row["loss_half_width"] is not None else ""
@@ -165,8 +165,8 @@ def retire(name: str, because: str, replaced_by: str | None, *, root: Path) -> N
     models = root / "grug_model"
     if name == "base":
         raise ValueError("base is the template, which every variant is compared with: it is changed, not retired.")
-    template, variant = template_and_variant(name, root=root)
     entry = find(root, name)
+    template, variant = template_and_variant(entry, root=root)
     others = [other for other in variants_in(models) if other != name]
     if replaced_by is not None and replaced_by not in others:
         raise ValueError(f"--replaced-by {replaced_by}: no such variant. Variants: {', '.join(others)}.")

@@ -26,6 +26,8 @@ ALLOWED = {
     "grug_model": ({"grug_kernels", "train"}, {"jax", "jaxtyping", "equinox", "optax", "numpy"}),
     # An entry point, which no service imports: see docs/decisions/0006-plan-is-an-entry-point.md.
     "train/plan.py": ({"bench", "train"}, set()),
+    # Alone in knowing Ray, lazily: it is in the extra `cluster`.
+    "train/launch_ray.py": ({"train"}, {"ray"}),
     "train": (
         {"grug_kernels", "train"},
         {

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from train import checkpoint_files as files
-from train import stopping
+from train import stopping, together
 from train.checkpoint_files import Metadata, Root
 from train.checkpoint_io import (
     TensorStoreIO,
@@ -31,6 +31,7 @@ from train.checkpoint_io import (
     write_errors_named,
 )
 from train.checkpoint_lock import lock, unlock
+from train.failure import first_line
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 
 PyTree = Any
 
-# With several hosts, asking process 0 for the time waits for the devices: not at every step.
+# With several processes, asking process 0 for the time waits for it to get there: not at every step.
 _STEPS_BETWEEN_CLOCK_QUESTIONS = 10
 
 
@@ -96,14 +97,13 @@ class Checkpoints:
         metadata: Callable[[int], Metadata],
         resumed: Metadata | None = None,
     ):
-        import jax
-
         self._root, self._cfg, self._metadata = root, cfg, metadata
-        self._first_process = jax.process_index() == 0
+        self._first_process = together.is_first()
         if self._first_process:
             files.check_writable(root)
             lock(root)
             files.remove_unfinished(root)
+        together.wait_for_all("unfinished checkpoints being removed")
         self._io = TensorStoreIO(checksums=cfg.checksums)
         # Steps whose directory is known to hold this run's state: written by this process, or verified when read.
         self._good: set[int] = set()
@@ -172,8 +172,6 @@ class Checkpoints:
             unlock(self._root)
 
     def _save(self, state: PyTree, step: int, *, temporary: bool) -> None:
-        from train import checkpoint_arrays as arrays
-
         self._wait_for_room(step)
         self._last_save = time.monotonic()
         if step in self._good:
@@ -184,7 +182,7 @@ class Checkpoints:
             with write_errors_named(self._path(step)):
                 lock(self._root)
                 files.make_room(self._path(step))
-        arrays.wait_for_every_process(f"room for checkpoint {step}")
+        together.wait_for_all(f"room for checkpoint {step}")
         save = save_temporary_checkpoint if temporary else save_step_checkpoint
         save(self._io, self._root, state, step, metadata=self._metadata(step))
         self._writing = step, temporary
@@ -241,13 +239,10 @@ class Checkpoints:
 
     def _temporary_is_due(self, step: int) -> bool:
         """Process 0 decides for all: their clocks differ, and half a checkpoint is none."""
-        import jax
-
-        from train import checkpoint_arrays as arrays
-
-        if not self._cfg.temporary_minutes or (jax.process_count() > 1 and step % _STEPS_BETWEEN_CLOCK_QUESTIONS):
+        if not self._cfg.temporary_minutes or (together.processes() > 1 and step % _STEPS_BETWEEN_CLOCK_QUESTIONS):
             return False
-        return arrays.as_on_first_process(time.monotonic() - self._last_save >= 60 * self._cfg.temporary_minutes)
+        due = time.monotonic() - self._last_save >= 60 * self._cfg.temporary_minutes
+        return together.from_first("whether a temporary checkpoint is due", due)
 
     def _path(self, step: int) -> str:
         return files.step_path(self._root, step)
@@ -279,23 +274,27 @@ def restore_latest_or_initialize(
 
     wanted = layout.stored_arrays(state_shape)
     refused: list[str] = []
-    for path in files.find_complete(roots):
-        loaded, metadata, reason = None, {}, "refused by another process, see its log"
+    for path in together.from_first("checkpoints there are", files.find_complete(roots)):
+        metadata, reason = None, "refused by another process, see its log"
         try:
             metadata = files.read_metadata(path)
             arrays.check_layout(path, metadata.get("layout", 1))
             arrays.check_specs(path, metadata["specs"], arrays.specs(wanted))
             files.check_manifest(path, metadata["specs"])
-            with stopping.deferred():  # a read that is broken off may hang: see arrays.load
-                loaded = arrays.load(path, arrays.described(wanted, mesh), mesh, metadata.get("checksums"))
         except arrays.CheckpointMismatchError:
             raise
-        except Exception as error:  # whatever TensorStore meets in broken files: ValueError, FileNotFoundError, ...
-            reason = files.first_line(error)
-        everywhere = arrays.true_on_every_process(loaded is not None)
-        if loaded is not None and everywhere:
-            log.info("resuming from step %d: %s (saved at %s)", metadata["step"], path, metadata["timestamp"])
-            return layout.rebuild(state_shape, loaded, mesh), {**metadata, "path": path}
+        except Exception as error:
+            metadata, reason = None, first_line(error)
+        if together.true_on_all(f"reading the metadata of {path}", metadata is not None):
+            assert metadata is not None
+            try:
+                with stopping.deferred():  # a read that is broken off may hang: see arrays.load
+                    loaded = arrays.load(path, arrays.described(wanted, mesh), mesh, metadata.get("checksums"))
+            except Exception as error:  # whatever TensorStore meets in broken files: ValueError, FileNotFoundError, ...
+                reason = first_line(error)
+            else:
+                log.info("resuming from step %d: %s (saved at %s)", metadata["step"], path, metadata["timestamp"])
+                return layout.rebuild(state_shape, loaded, mesh), {**metadata, "path": path}
         refused.append(f"{path}: {reason}")
         log.warning("refusing checkpoint %s", refused[-1])
     places = ", ".join(map(str, roots))

@@ -8,11 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from train import lev
+from train import lev, together
 from train.checkpoint_layout import LAYOUT, Stored
 
 Spec = list  # [shape, dtype], as JSON gives it back: [[4, 8], "bfloat16"]
@@ -94,12 +92,10 @@ def load(
       Exception: whatever TensorStore makes of broken files.
     """
     targets = {name: _target(leaf, mesh) for name, leaf in wanted.items()}
-    with _failed_reads_end():
-        arrays = lev.load_checkpoint(targets, path, mesh=mesh)
-    on_disk, described = specs(arrays), specs(targets)
-    for name in described:
-        if on_disk[name] != described[name]:
-            raise ValueError(f"{name} is {on_disk[name]} on disk, and metadata.json says {described[name]}")
+    arrays, problem = _read(path, targets, mesh)
+    # The checksums are of all processes together: the one whose part could be read must not wait for them alone.
+    if not together.true_on_all(f"reading the arrays of {path}", problem is None):
+        raise problem or ValueError("another process cannot read its part, see its log")
     if sums is not None:
         bad = [name for name, value in checksums(arrays).items() if sums.get(name) != value]
         if bad:
@@ -107,6 +103,25 @@ def load(
                 f"{len(bad)} of {len(arrays)} arrays are not what was saved (checksum): {', '.join(bad[:3])}"
             )
     return {name: _as_key(array, wanted[name]) if _is_key(wanted[name]) else array for name, array in arrays.items()}
+
+
+def _read(
+    path: str, targets: dict[str, jax.ShapeDtypeStruct], mesh: Mesh
+) -> tuple[dict[str, jax.Array], Exception | None]:
+    """This process's parts of the arrays; or what is wrong with them."""
+    try:
+        # With several processes each device's part comes from the disk: in a collective, which Levanter would spread
+        # what all devices hold with, the others would wait for the process that cannot read it.
+        how = lev.TensorStoreReadConfig(replica_mode="one_replica" if together.processes() == 1 else "every_replica")
+        with _failed_reads_end():
+            arrays = lev.load_checkpoint(targets, path, mesh=mesh, read_config=how)
+        on_disk, described = specs(arrays), specs(targets)
+        for name in described:
+            if on_disk[name] != described[name]:
+                raise ValueError(f"{name} is {on_disk[name]} on disk, and metadata.json says {described[name]}")
+    except Exception as problem:
+        return {}, problem
+    return arrays, None
 
 
 @contextlib.contextmanager
@@ -158,23 +173,6 @@ def _checksum(x: jax.Array) -> jax.Array:
     mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
     mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
     return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
-
-
-def wait_for_every_process(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
-def true_on_every_process(here: bool) -> bool:
-    if jax.process_count() == 1:
-        return here
-    return bool(multihost_utils.process_allgather(np.asarray(here)).all())
-
-
-def as_on_first_process(here: bool) -> bool:
-    if jax.process_count() == 1:
-        return here
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(here)))
 
 
 def _is_key(leaf: Any) -> bool:

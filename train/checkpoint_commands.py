@@ -24,6 +24,8 @@ from typing import Any
 
 from train import checkpoint_files as files
 from train.checkpoint_lock import lock, unlock, writer
+from train.command import aligned
+from train.failure import first_line
 from train.rundir import flat, say
 
 _FOLDER = re.compile(r"(replaced-)?step-(\d+)(-[\dT]+)?")
@@ -127,7 +129,7 @@ def _listed(folder: str, writing: bool) -> Listed:
         try:
             metadata = files.read_metadata(folder)
         except (OSError, ValueError) as error:
-            state = f"damaged: {files.first_line(error)}"
+            state = f"damaged: {first_line(error)}"
     kind = "temporary" if metadata.get("is_temporary") else "permanent"
     return Listed(
         path=folder,
@@ -285,7 +287,4 @@ def mb(size: int) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in [head, *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    sys.stdout.flush()
+    print(*aligned([head, *rows]), sep="\n", flush=True)

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from train import lev
+from train.failure import first_line
 
 log = logging.getLogger(__name__)
 
@@ -148,12 +149,6 @@ def mark_permanent(path: str) -> None:
 
 def package_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
-
-
-def first_line(error: Exception) -> str:
-    """TensorStore's messages go on for pages; the first line says what and where."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:800]}"
 
 
 def folders(root: Root) -> list[str]:

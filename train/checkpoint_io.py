@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from train import checkpoint_files as files
 from train import lev
 from train.checkpoint_files import Metadata, Root
+from train.failure import first_line
 
 PyTree = Any
 
@@ -101,7 +102,7 @@ def write_errors_named(path: str | None) -> Iterator[None]:
         yield
     except Exception as error:
         raise CheckpointWriteError(
-            f"checkpoint {path} could not be written: {files.first_line(error)}. The ones before it are"
+            f"checkpoint {path} could not be written: {first_line(error)}. The ones before it are"
             " untouched. Check the free space and the permissions there, then run the same command again: it goes"
             " on from the newest of them."
         ) from error

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from train import checkpoint_files as files
+from train.failure import first_line
 
 Index = tuple[slice, ...]
 
@@ -37,7 +38,7 @@ def verify(path: str) -> list[str]:
         metadata = files.read_metadata(path)
         files.check_manifest(path, metadata["specs"])
     except (OSError, ValueError) as error:
-        return [files.first_line(error)]
+        return [first_line(error)]
     specs, sums = metadata["specs"], metadata.get("checksums")
     return [problem for name in specs if (problem := _wrong(path, name, specs[name], sums))]
 
@@ -52,7 +53,7 @@ def _wrong(path: str, name: str, spec: list, sums: dict[str, int] | None) -> str
             return f"{name}: {found[1]}{found[0]} on disk, {wanted[1]}{wanted[0]} in metadata.json"
         total = checksum(store)
     except Exception as error:  # whatever TensorStore meets in broken files
-        return f"{name}: cannot be read: {files.first_line(error)}"
+        return f"{name}: cannot be read: {first_line(error)}"
     if sums is not None and sums.get(name) != total:
         return f"{name}: not what was saved (checksum {total}, {sums.get(name)} when it was saved)"
     return None

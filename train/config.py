@@ -24,9 +24,14 @@ class GrugTrainerConfig:
     seed: int = 0
     # Devices that share each layer (tensor parallelism); the others share the batch.
     model_axis: int = 1
+    # Devices that share each sequence, a part of its positions each (context parallelism); for long ones.
+    context_axis: int = 1
     # Of those that share the batch, how many share a layer's experts, too (expert parallelism); of use to a variant
     # that has some.
     expert_axis: int = 1
+    # Slices: whole copies of the weights, each over devices of its own. Only gradients go from one to another, over the
+    # slow network, once a step.
+    replica_dcn: int = 1
     # State that lives in the host's memory between two updates, for a model that needs the device's; costs its copies.
     offload: Offload = "none"
     # Losses stay on the device between two of these steps.
@@ -44,7 +49,8 @@ class GrugTrainerConfig:
     require_kernels: Annotated[bool, tyro.conf.arg(aliases=["--require-kernels"])] = False
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "seq_len", "model_axis", "expert_axis", "log_every"):
+        axes = ("model_axis", "context_axis", "expert_axis", "replica_dcn")
+        for name in ("steps", "batch_size", "seq_len", *axes, "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"GrugTrainerConfig: {name}={getattr(self, name)}; it is at least 1.")
         if self.stall_minutes is not None and self.stall_minutes <= 0:
@@ -64,3 +70,9 @@ class GrugTrainerConfig:
                 "GrugTrainerConfig: offload='optimizer_and_ema', and there is no average: set ema_beta, or choose"
                 " offload='optimizer'."
             )
+
+    @property
+    def mesh_axes(self) -> dict[str, int]:
+        """The axes of the mesh that are chosen; "data" takes the devices that these leave. For `create_mesh`."""
+        shared = {"context": self.context_axis, "expert": self.expert_axis, "model": self.model_axis}
+        return {"replica_dcn": self.replica_dcn} | shared

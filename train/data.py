@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from train import lev
+from train import lev, together
 from train.batches import TrainSequences, skipped_ranges
 from train.corpus import COMPONENTS, Corpus, CorpusComponent, build_corpus, python_documents
 from train.data_config import DataConfig, cache_directory, components_of, tag_of, weight_stages
@@ -88,11 +88,24 @@ def prepare(cfg: DataConfig, progress: Callable[[str], None] = print) -> Prepare
     """Builds corpus, tokenizer and token caches where they are missing, then reads what is known of them.
 
     Safe to stop at any moment and to start twice at once. Levanter is imported only if something must be tokenized.
+    Of several processes process 0 builds; the others find what it built, or, on a disk of their own, build it again.
 
     Raises:
-      ValueError: a weight names no component; a source or the tokenizer is none we can use; a cache is another's.
+      ValueError: a weight names no component; a source or the tokenizer is none we can use; a cache is another's; the
+        processes of the run have other texts.
       FileNotFoundError: there is no such file.
     """
+    with together.first_process_first("preparing data"):
+        prepared = _prepare(cfg, progress)
+    facts = {"tokenizer": prepared.tokenizer.digest}
+    facts |= {name: cache.manifest["splits"] | cache.manifest["baseline"] for name, cache in prepared.caches.items()}
+    together.check_same(
+        "data", facts, "Give all processes the same files, and the same Python where its texts are used."
+    )
+    return prepared
+
+
+def _prepare(cfg: DataConfig, progress: Callable[[str], None]) -> PreparedData:
     weight_stages(cfg)
     for source in _sources(cfg):
         source.check()

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import tyro
 
 from train import lev
-from train.command import errors_explained
+from train.command import aligned, errors_explained
 from train.data import cache_directory
 from train.evaluate import build_tagged_evaluator
 from train.mesh import batch_shards
@@ -143,10 +143,6 @@ def _table(metrics: Mapping[str, float], tokens: Mapping[str, int], prefix: str,
     rows.append(row("all", "", "loss", "", total))
     if len(tokens) > 1:
         rows.append(row("all, tags alike", "", "macro_loss", "macro_", total))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))])
-        for name, *cells in rows
-    ]
+    lines = aligned(rows, numbers=range(1, len(rows[0])))
     seconds, waiting = metrics[f"{prefix}/total_time"], metrics[f"{prefix}/loading_time"]
     return [*lines, f"{seconds:.1f} s, compiling included; {waiting:.1f} s of them waiting for data"]

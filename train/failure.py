@@ -51,6 +51,12 @@ def explains_itself(error: Exception) -> bool:
     return ours and isinstance(error, ValueError | OSError | RuntimeError)
 
 
+def first_line(error: BaseException) -> str:
+    """XLA's and TensorStore's messages go on for pages; the first line says what and where."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:800]}"
+
+
 def _is_memory(message: str) -> bool:
     """Of the device or the host. What a kernel takes too much of, VMEM and SMEM, is the kernel's affair."""
     exhausted = "RESOURCE_EXHAUSTED" in message or "Out of memory" in message

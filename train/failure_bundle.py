@@ -5,8 +5,8 @@
     batch.npz                      tokens, loss_weight, segment_ids of the batch, and the numbers of its rows
     stacks.txt                     of a stall: where every thread was
 
-What is cheap is written first: a device that no longer answers costs the rest alone. Process 0 writes that folder;
-each other process that fails writes one whose name ends with -process-<i>.
+What is cheap is written first: a device that no longer answers costs the rest alone. Of several processes the first
+that fails writes it, process 0 where all do at once; of another than process 0 its name ends with -process-<i>.
 """
 
 import json
@@ -21,13 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from train import together
 from train.batches import batch_number, skipped_ranges
 from train.checkpoint_files import find_complete
 from train.failure import NON_FINITE, OUT_OF_MEMORY, STALL, Kind
 from train.failure_page import failure_page
 from train.history import read_history
 from train.metrics import Meter, NonFiniteLossError
-from train.rundir import RunDir, as_dict, say, write_atomically
+from train.rundir import RunDir, as_dict, say_here, write_atomically
 from train.stall import beat
 from train.summary import collect
 
@@ -122,23 +123,33 @@ def write_bundle(evidence: Evidence, kind: Kind, error: BaseException | None) ->
                 beat()
             _write(folder, facts)
         if first := (facts.get("norms") or {}).get("first_not_finite"):
-            say(f"first array that is not finite: {first['array']} ({first['meaning']})")
+            say_here(f"first array that is not finite: {first['array']} ({first['meaning']})")
         return folder / PAGE_FILE
     except Exception as problem:
-        say(f"the bundle about this failure could not be written: {_words(problem)}")
+        say_here(f"the bundle about this failure could not be written: {_words(problem)}")
         return None
+
+
+def take_part(evidence: Evidence, error: BaseException | None) -> None:
+    """What the others do while process 0 writes of a loss that is not finite: the norms are of everybody's shards."""
+    from train.failure_replay import state_around
+
+    try:
+        _settle(evidence, NON_FINITE)
+        if evidence.loop is not None:
+            state_around(evidence, evidence.suspects(error).start, None, 0, 0.0)
+    except Exception as problem:
+        say_here(f"the norms for the bundle could not be taken: {_words(problem)}")
 
 
 def _settle(evidence: Evidence, kind: Kind) -> None:
     """A checkpoint that is being written in the background may be the last good one. All processes wait together, or
     none: of several, they are known to be here only where each of them sees the same loss."""
-    import jax
-
-    if kind is NON_FINITE or jax.process_count() == 1:
+    if kind is NON_FINITE or together.processes() == 1:
         try:
             evidence.wait_for_saves()
         except Exception as problem:
-            say(f"the save that was going on has failed too: {_words(problem)}")
+            say_here(f"the save that was going on has failed too: {_words(problem)}")
 
 
 def _cheap_facts(evidence: Evidence, kind: Kind, error: BaseException | None, folder: Path) -> dict[str, Any]:
@@ -224,6 +235,8 @@ def _dear_facts(evidence: Evidence, kind: Kind, facts: dict[str, Any], folder: P
             checkpoint, holds = facts["checkpoint"], facts["checkpoint_step"]
             seconds = _seconds_to_replay(facts, step - holds)
             yield "norms", state_around(evidence, step, checkpoint, holds, seconds)
+        elif together.processes() > 1:
+            raise RuntimeError("they are of all processes' shards, and this one alone failed")
         elif evidence.state is not None:
             of_state = {name: norms_by_layer(getattr(evidence.state, name)) for name in ("params", "opt_state")}
             yield "norms", {"of": f"the state after step {loop.meter.newest_step}", "after": of_state}
@@ -267,10 +280,8 @@ def _words(error: BaseException) -> str:
 
 
 def _new_folder(failures: Path, kind: Kind) -> Path:
-    import jax
-
     name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{kind.name}"
-    name += f"-process-{jax.process_index()}" if jax.process_index() else ""
+    name += "" if together.is_first() else f"-process-{together.process()}"
     number = 1
     while (folder := failures / (f"{name}.{number}" if number > 1 else name)).exists():
         number += 1

@@ -91,8 +91,10 @@ def change_first(config: Any, bytes_held: dict[str, int]) -> list[str]:
         ways.append(f"--trainer.offload optimizer: its {optimizer / GIB:.2f} GiB live in the host's memory")
     if trainer.batch_size % 2 == 0:
         ways.append(f"--trainer.batch-size {trainer.batch_size // 2}: half of the activations; another result")
-    if jax.device_count() % (2 * trainer.model_axis) == 0:
+    if jax.device_count() % (2 * math.prod(trainer.mesh_axes.values())) == 0:
         ways.append(f"--trainer.model-axis {2 * trainer.model_axis}: twice as many devices for a layer")
+    if trainer.replica_dcn > 1:
+        ways.append(f"--trainer.replica-dcn 1: one copy of parameters and optimizer, not {trainer.replica_dcn}")
     return [*ways, "more devices: parameters and optimizer are split over all of them"]
 
 

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from train.history import History
-from train.page import folded, page
+from train.page import folded, page, tiles
 from train.report import loss_plot
 
 Facts = Mapping[str, Any]
@@ -70,16 +70,12 @@ def _tiles(facts: Facts) -> str:
     if facts["step"] and facts["last_suspect"] != facts["step"]:
         steps += f" to {facts['last_suspect']:,}"
     good = f"step {facts['checkpoint_step']:,}" if facts["checkpoint"] else "none"
-    tiles = [
+    rows = [
         ("kind", facts["kind"], f"exit code {facts['exit_code']}"),
         ("step", steps, f"of {facts['total_steps']:,}, {facts['while']}"),
         ("last good checkpoint", good, facts["checkpoint"] or "none was saved before it"),
     ]
-    cells = (
-        f'<div class="card tile"><span>{name}</span><b>{escape(value)}</b><small>{escape(note)}</small></div>'
-        for name, value, note in tiles
-    )
-    return f'<div class="tiles">{"".join(cells)}</div>'
+    return tiles(rows)
 
 
 def _lead(facts: Facts) -> str:

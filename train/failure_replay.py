@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from train import together
 from train.checkpoint import restore_latest_or_initialize
 from train.data import iter_from_step
 from train.failure_norms import first_not_finite, norms_by_layer
@@ -30,7 +31,7 @@ def state_around(evidence: "Evidence", step: int, checkpoint: str | None, first:
     Where a replay from `checkpoint`, which holds `first` completed steps, is not cheap (`seconds`), those of the
     present state. Says which they are under "of".
     """
-    if jax.process_count() > 1:  # the processes would have to agree on what is cheap, and on what was found
+    if together.processes() > 1:  # the processes would have to agree on what is cheap, and on what was found
         return _present(evidence, "a run of several processes is not replayed")
     if seconds > LIMIT_SECONDS:
         return _present(evidence, f"a replay would take about {seconds:.0f} s, more than {LIMIT_SECONDS:.0f}")

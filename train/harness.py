@@ -19,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from train import lev
+from train import lev, together
 from train.data import PreparedData, check_batch_size
 from train.mesh import BATCH_AXES
 from train.progress import phase
@@ -123,7 +123,7 @@ def build_harness(
         from train.harness_model import HarnessModel
         from train.harness_tasks import load_tasks
 
-        with quiet_and_seeded():
+        with together.first_process_first("preparing lm-eval's tasks"), quiet_and_seeded():
             tasks = load_tasks(cfg, prepared, say)
     build_model = partial(HarnessModel, tokenizer, seq_len=seq_len, batch_size=batch_size)
     return Harness(cfg, tasks, scorer(per_token_scores, mesh), build_model)

@@ -50,6 +50,7 @@ SOURCES = {
     "CheckpointInterval": "levanter.checkpoint",
     "save_checkpoint": "levanter.checkpoint",
     "load_checkpoint": "levanter.checkpoint",
+    "TensorStoreReadConfig": "levanter.tensorstore_serialization",
     "read_manifest": "levanter.checkpoint_manifest",
     "discover_checkpoint_candidates": "levanter.checkpoint",
     # tracking

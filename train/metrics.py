@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from grug_kernels.mfu import TokenFlops, utilisation
+from train import together
 from train.batches import Skipped, batch_number
 from train.rundir import say
 from train.spikes import RISE, Spikes
@@ -257,6 +258,8 @@ class Meter:
             "loading_time": self._loading_seconds / steps,
             "hook_time": self._hook_seconds / steps,
         }
+        if together.processes() > 1:
+            window |= _slowest_to_load(window["loading_time"])
         if self._peak_flops:
             percent = utilisation(self._flops, tokens_per_second, self._peak_flops)
             window |= {"mfu": percent["mfu"], "mfu_causal": percent["mfu_causal"]}
@@ -300,6 +303,13 @@ class Meter:
                 error = NonFiniteLossError(step, row[metric], batch=batch, batch_size=self._batch_size, metric=metric)
                 self._tracker.log_summary({"run/failed_step": step, "run/failure": str(error)})
                 raise error
+
+
+def _slowest_to_load(seconds: float) -> dict[str, float]:
+    """Of all processes, each with its newest window: how long the slowest waits for data, and which it is."""
+    of_each = together.newest_of_all("loading time", seconds)
+    slowest = max(of_each, key=of_each.__getitem__, default=0)
+    return {"loading_time_slowest": of_each.get(slowest, seconds), "slowest_process": slowest}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

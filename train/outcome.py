@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
-from train import failure_bundle
-from train.checkpoint_files import DISK_ERRORS, find_complete, first_line
+from train import failure_bundle, last_words, together
+from train.checkpoint_files import DISK_ERRORS, find_complete
 from train.checkpoint_io import CheckpointWriteError
-from train.failure import ERROR, NON_FINITE, STALL, Kind, kind_of
+from train.failure import ERROR, NON_FINITE, STALL, Kind, first_line, kind_of
 from train.progress import phase
 from train.report import write_report
-from train.rundir import RunDir, say
+from train.rundir import RunDir, say, say_here
 from train.stall import Watchdog
 from train.stopping import Stopped
 from train.summary import BYTE_UNIGRAM, SUMMARY_FILE, TOKEN_UNIGRAM, Ending, summarise
@@ -36,7 +36,7 @@ def advice_on_failure(
     """
     evidence = failure_bundle.Evidence(run, config, init)
     watchdog = Watchdog(config.trainer.stall_minutes, evidence.progress, lambda: _stalled(evidence, tracker))
-    with watchdog, _whole_tracebacks():
+    with watchdog, _whole_tracebacks(), last_words.before_end(lambda why: _another_failed(run, tracker, why)):
         try:
             yield evidence
         except KeyboardInterrupt as stop:
@@ -45,8 +45,12 @@ def advice_on_failure(
             say(f"go on with: {run.resume_command}")
             raise
         except Exception as error:
+            if gone := last_words.lost(error):
+                say_here(f"error: {gone}")
+                _another_failed(run, tracker, str(gone))
+                raise SystemExit(last_words.LOST) from error
             if isinstance(error, CheckpointWriteError) or (isinstance(error, OSError) and error.errno in DISK_ERRORS):
-                say(f"error: {error}")
+                say_here(f"error: {error}")
                 say(f"newest checkpoint: {newest_checkpoint(run)}")
                 say(f"go on with: {run.resume_command}")
                 raise SystemExit(CANNOT_SAVE) from error
@@ -62,28 +66,44 @@ def advice_on_failure(
 def _failed(evidence: failure_bundle.Evidence, tracker: RunTracker, kind: Kind, error: Exception | None) -> None:
     """Says what failed, and writes its bundle and the report. Raises nothing."""
     run, evidence.failed = evidence.run, kind
-    say(f"error: {kind.title}: {error or evidence.verdict}")
+    problem = f"{kind.title}: {first_line(error) if error else evidence.verdict}"
+    say_here(f"error: {kind.title}: {error or evidence.verdict}")
+    if kind is NON_FINITE and not together.is_first():  # all of them see it, at the same step
+        last_words.ends_by_itself()
+        failure_bundle.take_part(evidence, error)
+        return
+    if not last_words.claim(problem):
+        say_here(f"the bundle is about the process that failed first: {last_words.told()}")
+        return
     page = failure_bundle.write_bundle(evidence, kind, error)
     if page is None and error is not None:
         traceback.print_exception(error)
     try:
         if kind is not NON_FINITE:  # whose step and metric the meter has logged
-            tracker.log_summary({"run/failure": f"{kind.title}: {first_line(error) if error else evidence.verdict}"})
-        say(f"last good checkpoint: {newest_checkpoint(run)}")
+            tracker.log_summary({"run/failure": problem})
+        say_here(f"last good checkpoint: {newest_checkpoint(run)}")
         if page is not None:
-            say(f"what is known of it: {page}")
+            say_here(f"what is known of it: {page}")
         write_report(run.path)
-    except Exception as problem:
-        say(f"the report could not be written: {problem}")
+    except Exception as trouble:
+        say_here(f"the report could not be written: {trouble}")
+
+
+def _another_failed(run: RunDir, tracker: RunTracker, why: str) -> None:
+    """What process 0 says where not this process failed, but another one of the run."""
+    tracker.log_summary({"run/failure": why})
+    say(f"newest checkpoint: {newest_checkpoint(run)}")
+    say(f"go on with: {run.resume_command}")
 
 
 def _stalled(evidence: failure_bundle.Evidence, tracker: RunTracker) -> None:
     """Ends the program from a thread that is not stuck; nothing can be unwound in the one that is."""
     if evidence.failed:
-        say(f"the bundle about {evidence.failed.title} is stuck: ending without the rest of it")
+        say_here(f"the bundle about {evidence.failed.title} is stuck: ending without the rest of it")
     else:
         _failed(evidence, tracker, STALL, None)
     assert evidence.failed
+    last_words.go_last()
     os._exit(evidence.failed.exit_code)
 
 
@@ -111,10 +131,14 @@ def already_finished(run: RunDir, step: int) -> None:
 def finish(run: RunDir, started: float, draw_samples: Callable[[], list[str]]) -> None:
     """Samples, summary (printed), summary.json and report.html of a run whose last checkpoint is on disk.
 
+    All processes draw the samples, process 0 writes.
+
     started: `perf_counter()` when the process began its work.
     """
     with phase("drawing samples"):
         samples = draw_samples()
+    if not together.is_first():
+        return
     ending = Ending(run.resume_command, newest_checkpoint(run), perf_counter() - started, tuple(samples))
     text = summarise(run.path, ending)
     write_report(run.path)

@@ -52,6 +52,15 @@ def table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> str:
     return f'<div class="card"><table>{head}{body}</table></div>'
 
 
+def tiles(rows: Iterable[tuple[str, str, str]]) -> str:
+    """The numbers to look at first. rows: what it is, the value in large type, and what to read it against."""
+    cells = (
+        f'<div class="card tile"><span>{escape(name)}</span><b>{escape(value)}</b><small>{escape(note)}</small></div>'
+        for name, value, note in rows
+    )
+    return f'<div class="tiles">{"".join(cells)}</div>'
+
+
 def plots(wide: Sequence[str], small: Sequence[str]) -> str:
     """SVGs as cards: the wide ones over the whole page, the small ones beside each other."""
     first = "".join(f'<div class="card wide">{plot}</div>' for plot in wide)

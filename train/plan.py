@@ -5,18 +5,16 @@ python -m train.plan --stacked --tpu v5p:4x4x4       the 130M template: memory, 
 python -m train.plan --config run.yaml --batch 256   any flag of train.run: the same configuration
 python -m train.plan --stacked --sweep               what to keep for the backward pass, which batch, which mesh
 
-Exit code: 0 it fits, 1 it does not or was refused, 2 something in the command is wrong.
+Exit code: 0 it fits, 1 it does not or was refused, 2 something in the command is wrong, 4 the disk cannot be written.
 """
 
-import logging
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.failure import explains_itself
+from train.command import errors_explained
 from train.run import Choose, choose, parse
-from train.rundir import say
 
 
 @dataclass(frozen=True)
@@ -53,25 +51,15 @@ class Options(Choose):
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs here: jax should not look for an accelerator, nor wait for one
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    try:
+    with errors_explained():
         chosen, start = choose(argv, Options())
         options, launch = parse(
             argv, chosen, start, prog="python -m train.plan", description="Says what a run takes on a TPU."
         )
         from bench.plan import command  # imports jax, which --help should not wait for
 
-        code = command.run(options, launch, start)
-    except Exception as error:
-        if not explains_itself(error) and getattr(error, "name", "") != "libtpu":
-            raise
-        say(f"error: {error}")
-        code = 2
-    except KeyboardInterrupt:
-        code = 130
-    raise SystemExit(code)
+        raise SystemExit(command.run(options, launch, start))
 
 
 if __name__ == "__main__":

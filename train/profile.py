@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+from train import together
 from train.metrics import Meter
 from train.rundir import say
 from train.tracker import RunTracker
@@ -110,7 +111,7 @@ class Profile:
         import jax
 
         options = jax.profiler.ProfileOptions()
-        options.session_id = self._session(f"steps-{window[0]}-{window[-1]}")
+        options.session_id = together.from_first("the trace's name", self._session(f"steps-{window[0]}-{window[-1]}"))
         options.python_tracer_level = 0  # it would record every call of every thread, and slow the steps down
         jax.profiler.start_trace(self._folder, profiler_options=options)
         self._first = window[0]
@@ -130,9 +131,8 @@ class Profile:
         jax.profiler.stop_trace()
         facts = {"first_step": first, "last_step": self._newest_step, "folder": str(self._folder)}
         self._tracker.log_summary({f"profile/{name}": value for name, value in facts.items()})
-        if jax.process_index() == 0:
-            traced = f"trace of steps {first} to {self._newest_step}{how}"
-            self._tell(f"{traced}; look at it with: {xprof_command(self._folder)}")
+        traced = f"trace of steps {first} to {self._newest_step}{how}"
+        self._tell(f"{traced}; look at it with: {xprof_command(self._folder)}")
 
 
 def xprof_command(folder: Path | str) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from time import perf_counter
 from typing import TextIO
 
+from train import together
 from train.summary import clock, si
 
 REDRAW_SECONDS = 0.1
@@ -20,7 +21,10 @@ BAR_WIDTH = 24
 
 
 class StatusLine:
-    """One line of text that changes: in place on a terminal, else printed anew at most every `PRINT_SECONDS`."""
+    """One line of text that changes: in place on a terminal, else printed anew at most every `PRINT_SECONDS`.
+
+    Of several processes process 0 alone shows any.
+    """
 
     def __init__(self, stream: TextIO | None = None):
         self._stream = stream or sys.stderr
@@ -39,6 +43,8 @@ class StatusLine:
         self._write(text, "\n")
 
     def _write(self, text: str, end: str) -> None:
+        if not together.is_first():
+            return
         if self.in_place:
             columns = _columns(self._stream)
             # Back to the first column, and clear what a longer text has left. A wrapped line could not be redrawn.

@@ -261,7 +261,7 @@ def _write_next_batches(path: Path, file: Path) -> None:
     dataset = build_train_dataset(
         prepare(config.data, lambda _: None), config.data, trainer.seq_len, trainer.batch_size, trainer.seed
     )
-    mesh = create_mesh(trainer.batch_size, expert=trainer.expert_axis, model=trainer.model_axis)
+    mesh = create_mesh(trainer.batch_size, **trainer.mesh_axes)
     loader = build_train_loader(dataset, mesh, trainer.batch_size)
     with iter_from_step(loader, step) as batches:
         tokens = [np.asarray(batch.tokens).tobytes() for batch in itertools.islice(batches, NEXT_BATCHES)]

@@ -15,7 +15,7 @@ from typing import Any
 from train import summary
 from train.compare import write_comparison
 from train.history import History
-from train.page import folded, page, plots, table
+from train.page import folded, page, plots, table, tiles
 from train.plot import Line, line_plot, smooth
 from train.report_watch import layers_plot, watched_parameters
 from train.rundir import write_atomically
@@ -95,17 +95,13 @@ def _tiles(facts: Mapping[str, Any]) -> str:
     """The four numbers to look at first."""
     loss, bits, throughput = facts["loss"], facts["bits_per_byte"], facts["throughput"] or {}
     last, mfu = loss["last"], throughput.get("mfu_percent")
-    tiles = [
+    rows = [
         ("training loss", last and f"{last['value']:.3f}", last and f"from {loss['first']['value']:.3f}"),
         ("bits per byte", "last" in bits and f"{bits['last']['value']:.3f}", "last" in bits and "on held-out text"),
         ("tokens per second", throughput and si(throughput["tokens_per_second"]), throughput and "median"),
         ("model FLOP utilisation", mfu is not None and f"{mfu:.1f} %", mfu is not None and "of the peak below"),
     ]
-    cells = (
-        f'<div class="card tile"><span>{name}</span><b>{value or "–"}</b><small>{note or "not measured"}</small></div>'
-        for name, value, note in tiles
-    )
-    return f'<div class="tiles">{"".join(cells)}</div>'
+    return tiles((name, value or "–", note or "not measured") for name, value, note in rows)
 
 
 def _facts_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -14,17 +14,20 @@ import importlib
 import logging
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 import yaml
 
-from train.checkpoint_files import DISK_ERRORS
-from train.failure import explains_itself
+from train import together
+from train.command import exit_code_of
+from train.distributed import DistributedConfig, join
+from train.failure import ERROR
 from train.knobs import only_the_knobs
-from train.rundir import from_dict, read_config, say
+from train.last_words import LOST, ends_together, lost
+from train.rundir import from_dict, read_config, say_here
 from train.stopping import catch_signals
 
 VARIANTS = Path(__file__).parent.parent / "grug_model"
@@ -54,6 +57,8 @@ class Options(Choose):
     prove_resume: bool = False
     # SIGKILLs of --prove-resume.
     kills: int = 3
+    # Of a run in one process nothing.
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
 def main(argv: list[str] | None = None, *, variant: str | None = None) -> None:
@@ -62,25 +67,37 @@ def main(argv: list[str] | None = None, *, variant: str | None = None) -> None:
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("train").setLevel(logging.INFO)
-    try:
-        chosen, start = choose(argv, Options(variant=variant or "base"))
-        options, launch = parse(
-            argv, chosen, start, prog="python -m train.run", description="Trains a variant of grug_model/."
-        )
-        with catch_signals():
-            if options.prove_resume:
-                from train.prove_resume import prove
+    with ends_together():
+        try:
+            chosen, start = choose(argv, Options(variant=variant or "base"))
+            options, launch = parse(
+                argv, chosen, start, prog="python -m train.run", description="Trains a variant of grug_model/."
+            )
+            join(options.distributed)
+            with catch_signals():
+                _train(options, launch)
+        except Exception as error:
+            if gone := lost(error):
+                say_here(f"error: {gone}")
+                raise SystemExit(LOST) from error
+            code = exit_code_of(error)
+            if code == ERROR.exit_code:
+                raise
+            say_here(f"error: {error}")
+            raise SystemExit(code) from error
+        except KeyboardInterrupt as stop:
+            raise SystemExit(getattr(stop, "exit_code", 130)) from None
 
-                raise SystemExit(0 if prove(chosen.variant, launch, options.kills) else 1)
-            importlib.import_module(f"grug_model.{chosen.variant}.launch").run(launch)
-    except Exception as error:
-        of_the_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
-        if not of_the_disk and not explains_itself(error):
-            raise
-        say(f"error: {error}")
-        raise SystemExit(4 if of_the_disk else 2) from None
-    except KeyboardInterrupt as stop:
-        raise SystemExit(getattr(stop, "exit_code", 130)) from None
+
+def _train(options: Options, launch: Any) -> None:
+    if not options.prove_resume:
+        importlib.import_module(f"grug_model.{options.variant}.launch").run(launch)
+        return
+    if (count := together.processes()) > 1:
+        raise ValueError(f"--prove-resume starts and kills processes of its own, and this is one of {count}.")
+    from train.prove_resume import prove
+
+    raise SystemExit(0 if prove(options.variant, launch, options.kills) else 1)
 
 
 def choose[C: Choose](argv: list[str], default: C) -> tuple[C, Any]:

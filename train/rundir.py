@@ -10,11 +10,13 @@ import sys
 import tempfile
 import types
 import typing
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train import together
 from train.batches import data_offset, skipped_ranges
 from train.store_metrics import store_metrics_every
 
@@ -39,8 +41,8 @@ UNVERSIONED = (
 
 @dataclass(frozen=True)
 class RunDir:
-    """`path` holds checkpoints/, metrics.jsonl, config.json, summary.json, report.html, the traces in profiler/, and a
-    folder in failures/ for each time it failed."""
+    """`path` holds checkpoints/, metrics.jsonl, config.json, sharding.json, summary.json, report.html, the traces in
+    profiler/, and a folder in failures/ for each time it failed. Process 0 writes, but for arrays and traces."""
 
     run_id: str
     path: Path
@@ -73,12 +75,13 @@ class RunDir:
 
     @property
     def is_summarised(self) -> bool:
-        return (self.path / "summary.json").is_file()
+        return together.from_first("summary.json", (self.path / "summary.json").is_file())
 
     def write_config(self, config: Any) -> None:
         """What `--resume` reads, written once the run is known to be able to start."""
         began = {"run_id": self.run_id, "variant": self.variant, "config": as_dict(config)}
-        write_atomically(self.path / "config.json", json.dumps(began, indent=2))
+        if together.is_first():
+            write_atomically(self.path / "config.json", json.dumps(began, indent=2))
 
     @property
     def resume_command(self) -> str:
@@ -88,17 +91,16 @@ class RunDir:
 def open_run(variant: str, config: Any) -> RunDir:
     """Names the run and makes its folder. Says what of the configuration is not as it was when the run began.
 
-    The name is `config.run_id`, or GRUG_RUN_ID, or made of the variant and a hash of the configuration, so that the
-    same command finds its own run again; with FERRY_DATE set, `-<date>` follows. A run that goes on keeps its name,
-    whatever day it is by then and wherever its folder was moved.
+    The name is as `run_name` says, or made of the variant and a hash of the configuration, so that the same command
+    finds its own run again. A run that goes on keeps its name, whatever day it is by then and wherever its folder was
+    moved.
 
     Raises:
       OSError: the folder cannot be made or written; the message says which and why.
+      ValueError: the processes of the run differ in their configuration, or in the folder that they see.
     """
     config_hash = hash_of(variant, config)
-    run_id = config.run_id or os.environ.get("GRUG_RUN_ID") or f"{variant}-{config_hash}"
-    if date := os.environ.get("FERRY_DATE"):
-        run_id = f"{run_id}-{date}"
+    run_id = run_name(config.run_id, f"{variant}-{config_hash}")
     path = Path(config.output_path or Path("runs") / run_id)
     try:
         began = _as_it_began(path)
@@ -111,7 +113,29 @@ def open_run(variant: str, config: Any) -> RunDir:
         raise OSError(
             f"cannot write the run's folder {path}: {error}. Choose a folder you may write to with --output-path."
         ) from error
+    _check_one_run(run, config)
     return run
+
+
+def _check_one_run(run: RunDir, config: Any) -> None:
+    """Several processes share the configuration and the folder: a checkpoint is of parts that each of them writes."""
+    if together.processes() == 1:
+        return
+    facts = {"variant": run.variant, "run_id": run.run_id, **flat(as_dict(config))}
+    advice = "Start all processes of a run with the same command, and GRUG_RUN_ID and FERRY_DATE alike."
+    together.check_same("one run in several processes", facts, advice)
+    file = run.path / together.from_first("a name for a file", f".seen-{uuid.uuid4().hex}")
+    if together.is_first():
+        file.touch()
+    together.wait_for_all("process 0 writing to the run's folder")
+    sees = together.from_all("seeing what process 0 wrote", file.exists())
+    if together.is_first():
+        file.unlink()
+    if not all(sees):
+        raise ValueError(
+            f"{run.path.absolute()} is not one folder: process {sees.index(False)} does not see what process 0 writes"
+            " there. Choose an --output-path on a disk that all of them share."
+        )
 
 
 def _as_it_began(path: Path) -> dict[str, Any]:
@@ -133,6 +157,17 @@ def _say_what_changed(run: RunDir, config: Any, began: dict[str, Any]) -> None:
         say(f"warning: {run.run_id} goes on with {name} = {new.get(name)}; it was {old.get(name)} when the run began.")
 
 
+def run_name(given: str | None, default: str) -> str:
+    """The name that is given by hand, or GRUG_RUN_ID, or the default; `-<FERRY_DATE>` follows, where it is set."""
+    name, date = given or os.environ.get("GRUG_RUN_ID") or default, os.environ.get("FERRY_DATE")
+    return f"{name}-{date}" if date and date not in name else name
+
+
+def unversioned(part: str) -> list[str]:
+    """The fields of a part of the launch configuration, such as "trainer", that make no other run."""
+    return [name.removeprefix(f"{part}.") for name in UNVERSIONED if name.startswith(f"{part}.")]
+
+
 def check_fit(config: Any) -> None:
     """Raises ValueError where parts of a configuration that are right by themselves do not fit each other.
 
@@ -144,6 +179,18 @@ def check_fit(config: Any) -> None:
             f"trainer.seq_len={config.trainer.seq_len} is longer than model.max_seq_len={config.model.max_seq_len}."
             " Cut the sequences, or train with a larger max_seq_len."
         )
+    if config.trainer.seq_len % config.trainer.context_axis:
+        raise ValueError(
+            f"trainer.context_axis={config.trainer.context_axis} does not divide trainer.seq_len="
+            f"{config.trainer.seq_len}. Each of its devices holds an equal share of a sequence's positions: choose a"
+            " divisor."
+        )
+    for name in ("num_heads", "num_kv_heads", "hidden_dim", "intermediate_dim", "vocab_size"):
+        if (size := getattr(config.model, name, 0)) % config.trainer.model_axis:
+            raise ValueError(
+                f"trainer.model_axis={config.trainer.model_axis} does not divide model.{name}={size}. Each of its"
+                " devices holds an equal share of every layer: choose a divisor."
+            )
     experts = getattr(config.model, "num_experts", None)
     if (experts or 1) % config.trainer.expert_axis:
         there_are = f"model.num_experts={experts}" if experts else "one MLP, which is all that this variant has"
@@ -258,5 +305,12 @@ def read_config(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def say(text: str) -> None:
-    """Prints for the person who started the run."""
-    print(text, file=sys.stderr, flush=True)
+    """Prints for the person who started the run; once, where it has several processes."""
+    if together.is_first():
+        print(text, file=sys.stderr, flush=True)
+
+
+def say_here(text: str) -> None:
+    """As `say`, for what is true of this process: with its number, where there are several."""
+    blank, name = text[: len(text) - len(text.lstrip())], f"process {together.process()}: "
+    print(f"{blank}{name}{text.lstrip()}" if together.processes() > 1 else text, file=sys.stderr, flush=True)

@@ -19,6 +19,7 @@ from train import checkpoint_files as files
 from train import lev
 from train.checkpoint import NoUsableCheckpointError
 from train.data import PreparedData, prepare
+from train.failure import first_line
 from train.mesh import create_mesh, quiet_libtpu
 from train.progress import phase
 from train.rundir import from_dict, say
@@ -118,7 +119,7 @@ def load_weights(path: str, variant: str, config: Any, mesh: "Mesh", *, weights:
         except ValueError as error:
             raise ValueError(
                 f"checkpoint {path}: its weights cannot be split over {mesh.shape['data']} x {mesh.shape['model']}"
-                f" devices: {files.first_line(error)}. Let this command see fewer devices (CUDA_VISIBLE_DEVICES)."
+                f" devices: {first_line(error)}. Let this command see fewer devices (CUDA_VISIBLE_DEVICES)."
             ) from error
         wanted = layout.stored_arrays(shape)
         arrays.check_specs(path, specs, arrays.specs(wanted))
@@ -127,7 +128,7 @@ def load_weights(path: str, variant: str, config: Any, mesh: "Mesh", *, weights:
         except Exception as error:  # whatever TensorStore meets in broken files
             others = [other for other in files.find_complete([os.path.dirname(path)]) if other != path]
             raise NoUsableCheckpointError(
-                f"checkpoint {path} cannot be read: {files.first_line(error)}. It is left as it is. Others beside it:"
+                f"checkpoint {path} cannot be read: {first_line(error)}. It is left as it is. Others beside it:"
                 f" {', '.join(others) or 'none'}."
             ) from error
         return layout.rebuild(shape, loaded, mesh)[field]

@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from train.rundir import say
+from train import together
+from train.rundir import say_here
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -54,7 +55,9 @@ def catch_signals() -> Iterator[None]:
     """Inside, SIGNALS mean what this module says; those that whoever started the program has blocked stay so."""
     _now.number, _now.deferred = None, False
     if threading.current_thread() is not threading.main_thread():
-        say("warning: not in the main thread, where Python handles signals: SIGTERM and Ctrl-C will not save the run.")
+        say_here(
+            "warning: not in the main thread, where Python handles signals: SIGTERM and Ctrl-C will not save the run."
+        )
         yield
         return
     reader, writer = os.pipe()
@@ -78,12 +81,11 @@ def catch_signals() -> Iterator[None]:
 
 def requested(step: int) -> int | None:
     """The signal that asks for an end after `step`, at the same step on every process; to be asked after each."""
-    import jax
     from jax.experimental import multihost_utils
 
     if multihost_utils.reached_preemption_sync_point(step):
         return _now.number or signal.SIGTERM
-    return _now.number if jax.process_count() == 1 else None
+    return _now.number if together.processes() == 1 else None
 
 
 def defer(on: bool) -> None:
@@ -124,10 +126,10 @@ def _watch(reader: int) -> None:
         seen += 1
         name = signal.Signals(number).name
         if seen > 1:
-            say(f"\n{name} again: ending at once.")
+            say_here(f"\n{name} again: ending at once.")
             os._exit(128 + number)
         when = " after this step, which is saved first" if _now.deferred else ""
-        say(f"\n{name}: stopping{when}. Once more ends it at once.")
+        say_here(f"\n{name}: stopping{when}. Once more ends it at once.")
 
 
 def _belongs_to_another(number: int) -> bool:

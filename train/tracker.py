@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from train import lev
+from train import lev, together
 from train.rundir import flat
 from train.watch import Histogram
 
@@ -130,16 +130,14 @@ def start_tracker(
     Raises:
       ValueError: W&B without an account to write to, or TensorBoard without tensorboardX.
     """
-    import jax
-
-    use_wandb = _wants_wandb(where.wandb)
+    use_wandb = together.from_first("whether W&B is used", _wants_wandb(where.wandb))
     if where.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise ValueError(
             "TensorBoard was asked for, but tensorboardX is not installed. Run `uv sync --extra prof`, or leave"
             " --tracker.tensorboard out: metrics.jsonl and report.html need nothing more."
         )
     run_dir, members, rows = Path(run_dir), [], None
-    if jax.process_index() == 0:
+    if together.is_first():
         run_dir.mkdir(parents=True, exist_ok=True)
         rows = _open_rows(run_dir / METRICS_FILE)
         members.append(_json_tracker(rows))

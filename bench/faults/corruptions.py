@@ -8,8 +8,9 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from bench.faults.record import NEWEST, OLDER, Record, answer, hold, inspected
+from bench.faults.record import NEWEST, OLDER, Record, answer, hold
 from bench.faults.state import NAMES, restore, save
+from train.checkpoint_read import verify
 
 OLD, NEW = 2, 4
 PAGE = 4096
@@ -79,12 +80,12 @@ def _files_by_kind(checkpoint: Path) -> dict[str, list[Path]]:
 
 def after_damage(root: Path, folder: Path) -> str:
     """Raises BrokenError where a run does not make the best of it."""
-    [(problems, _)] = inspected([root / f"step-{NEW}"], folder).values()
-    found = answer(partial(restore, root), folder)
+    found = answer(lambda: restore(root) | {"problems": verify(str(root / f"step-{NEW}"))}, folder)
     hold("ended" not in found, f"the run ended without a word: {found.get('ended')}\n{found['log'][-800:]}")
     hold("error" not in found, f"refused everything: {found.get('error')}: {found.get('text')}")
     hold(found["step"] in (OLD, NEW), f"restored step {found['step']}")
     hold(not found["wrong"], f"wrong bits were loaded: {found['wrong']}")
+    problems = found["problems"]
     # What is never read may be damaged and do no harm: then `verify` may complain and a run does not, never otherwise.
     if found["step"] == NEW:
         hold(not problems, f"a run loads what `verify` calls bad: {problems}")

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from bench.faults.record import NEWEST, REFUSED, SKIPPED, Record, answer, hold, inspected
+from bench.faults.record import NEWEST, REFUSED, SKIPPED, Record, answer, hold
 from bench.faults.state import restore, save
+from train.checkpoint_read import verify
 
 OLD, NEW, LATER = 2, 4, 6
 DISK_BYTES = 4 * 2**20
@@ -130,15 +131,17 @@ def _explained(found: dict, root: Path) -> str:
 
 def _went_on(root: Path, folder: Path, outcome: str) -> str:
     """What was committed before the fault is there after it, and a run goes on from it and saves again."""
-    _intact(root / f"step-{OLD}", folder)
-    found = answer(partial(restore, root), folder)
-    hold(found.get("step") == (NEW if outcome == NEWEST else OLD) and not found["wrong"], f"then it restored {found}")
-    found = answer(partial(save, root, LATER), folder)
+
+    def go_on() -> dict:
+        before, restored, saved = verify(str(root / f"step-{OLD}")), restore(root), save(root, LATER)
+        return {"before": before, "restored": restored, **saved, "after": verify(str(root / f"step-{LATER}"))}
+
+    found = answer(go_on, folder)
+    hold("ended" not in found, f"then a run ended without a word: {found.get('ended')}\n{found['log'][-800:]}")
+    hold(not found["before"], f"step-{OLD} is not intact: {found['before']}")
+    restored = found["restored"]
+    there = restored.get("step") == (NEW if outcome == NEWEST else OLD) and not restored["wrong"]
+    hold(there, f"then it restored {restored}")
     hold("saved" in found, f"then it could not save: {found}")
-    _intact(root / f"step-{LATER}", folder)
+    hold(not found["after"], f"step-{LATER} is not intact: {found['after']}")
     return outcome
-
-
-def _intact(checkpoint: Path, folder: Path) -> None:
-    [(problems, _)] = inspected([checkpoint], folder).values()
-    hold(not problems, f"{checkpoint.name} is not intact: {problems}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from train.checkpoint_read import verify
+from train.command import markdown
 from train.prove_resume import digests, forked, wait_for
 
 HANG_SECONDS = 120.0
@@ -53,8 +54,7 @@ class Record:
             rows.append([kind, str(counts.total()), *(str(counts[outcome] or "") for outcome in OUTCOMES)])
         totals = sum(self.counts.values(), Counter())
         rows.append(["all", str(totals.total()), *(str(totals[outcome] or "") for outcome in OUTCOMES)])
-        rows.insert(1, ["---"] * len(rows[0]))
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        return "\n".join(markdown(rows))
 
 
 def inspect(checkpoints: Sequence[Path]) -> dict[str, tuple[list[str], dict[str, str]]]:

@@ -18,7 +18,7 @@ LEAST_KEPT_FIRST = tuple(reversed(get_args(Remat)))
 class Situation:
     """over_bytes: what is too much. held: bytes by argument category and by kind of temporary (`holders.KINDS`).
     policies: those that the variant's `remat` may be. kept_bytes: what is kept under a policy, where that can be
-    reckoned. rows: of the batch, on one device."""
+    reckoned. rows: of the batch, on one device. replicas: copies of the weights, "replica_dcn"."""
 
     over_bytes: float
     held: Mapping[str, int]
@@ -28,6 +28,8 @@ class Situation:
     rows: int
     batch_size: int
     model_axis: int
+    data_axis: int
+    replicas: int
     devices: int
 
 
@@ -50,6 +52,7 @@ def advice(situation: Situation) -> list[Advice]:
         *_remat(situation),
         *_smaller_batch(situation),
         *_model_axis(situation),
+        *_one_copy(situation),
         *_offload(situation),
         *_more_chips(situation),
     ]
@@ -87,12 +90,19 @@ def _smaller_batch(s: Situation) -> Iterator[Advice]:
 def _model_axis(s: Situation) -> Iterator[Advice]:
     """Twice as many devices for a layer, and half as many for the batch: whole weights, the loss's gradients and what a
     layer works on are split; parameters and optimizer already are, over all devices."""
-    if s.devices % (2 * s.model_axis) == 0:
+    if s.data_axis % 2 == 0:
         saves = sum(s.held.get(kind, 0) for kind in (WEIGHTS, GRADIENTS, LOSS)) / 2
         if saves > 0:
             yield Advice(
                 f"--trainer.model-axis {2 * s.model_axis}, which splits whole weights and their gradients", saves
             )
+
+
+def _one_copy(s: Situation) -> Iterator[Advice]:
+    """Then weights, too, go from slice to slice, for every layer."""
+    if s.replicas > 1 and (state := _state_bytes(s)):
+        saves = state * (s.replicas - 1) / s.replicas
+        yield Advice(f"--trainer.replica-dcn 1 in place of {s.replicas}, one copy of the weights", saves)
 
 
 def _offload(s: Situation) -> Iterator[Advice]:
@@ -102,10 +112,14 @@ def _offload(s: Situation) -> Iterator[Advice]:
 
 
 def _more_chips(s: Situation) -> Iterator[Advice]:
-    state = sum(s.held.get(name, 0) for name in ("parameters", "optimizer", "ema"))
+    state = _state_bytes(s)
     rows = sum(s.held.get(kind, 0) for kind in (KEPT, WORK)) if s.rows > 1 else 0
     if state + rows:
         yield Advice(f"twice as many chips (--tpu; {s.devices} devices now) for the same batch", (state + rows) / 2)
+
+
+def _state_bytes(s: Situation) -> int:
+    return sum(s.held.get(name, 0) for name in ("parameters", "optimizer", "ema"))
 
 
 def reckoned_kept(model: Any, rows: int, seq_len: int) -> dict[str, float]:

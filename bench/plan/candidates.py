@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,7 +61,9 @@ def groups(
     """
     remats = remats or remat_policies(config.model)
     batches = batches or [times * config.trainer.batch_size for times in _BATCHES]
-    models = models or [axis for axis in _MODELS if _divides(axis, config.model, topology)]
+    others = math.prod(size for axis, size in config.trainer.mesh_axes.items() if axis != "model")
+    devices = len(topology.devices) // others
+    models = models or [axis for axis in _MODELS if _divides(axis, config.model, devices)]
     for remat in remats:
         changed(config, model={"remat": remat})
     return [
@@ -70,8 +73,8 @@ def groups(
     ]
 
 
-def _divides(axis: int, model: Any, topology: Topology) -> bool:
-    return not any(size % axis for size in (len(topology.devices), model.num_heads, model.num_kv_heads))
+def _divides(axis: int, model: Any, devices: int) -> bool:
+    return not any(size % axis for size in (devices, model.num_heads, model.num_kv_heads))
 
 
 def tried(variant: str, config: Any, topology: str, candidate: Candidate) -> Outcome:

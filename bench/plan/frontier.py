@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from bench.plan.candidates import Outcome
 from grug_kernels.chips import GIB
+from train.command import aligned
 
 
 def best(outcomes: Sequence[Outcome], limit_bytes: float) -> Outcome | None:
@@ -60,13 +61,4 @@ def _number(value: float | None, factor: float, form: str) -> str:
 
 def table(outcomes: Sequence[Outcome], limit_bytes: float) -> str:
     """For a terminal: words to the left, numbers to the right."""
-    cells = [HEADER, *rows(outcomes, limit_bytes)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(HEADER))]
-    lines = (
-        "  ".join(
-            cell.ljust(width) if i in (0, len(HEADER) - 1) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(aligned([HEADER, *rows(outcomes, limit_bytes)], numbers=range(1, len(HEADER) - 1)))

@@ -152,7 +152,8 @@ def _kind(value: Value, buffer: Buffer, makers: Makers, weights: set[tuple[int, 
     of_loss = scope == "cross_entropy" or "cross_entropy" in path
     if "/optimizer/" in path or scope == "optimizer":
         return OPTIMIZER
-    if _canonical(arrays.extents_of(value.shape)) in weights:
+    found = arrays.printed_arrays(value.shape)  # none: an empty tuple, which programs for TPU7x have
+    if found and _canonical(arrays.extents_of(found[0])) in weights:
         copied = made is not None and made.opcode in _COPIES
         return GRADIENTS if (_BACKWARD in path or of_loss or value.start >= begins) and not copied else WEIGHTS
     if of_loss:

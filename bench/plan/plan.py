@@ -14,6 +14,7 @@ from bench.tpu.record import Record
 from bench.tpu.step import StepPrediction, predicted_step, replaced
 from bench.tpu.topology import Topology
 from grug_kernels.mfu import utilisation
+from train.mesh import BATCH_AXES
 from train.rundir import as_dict, check_fit
 
 
@@ -47,7 +48,7 @@ class Plan:
     @property
     def rows(self) -> int:
         """Of the batch, on one device."""
-        return self.config.trainer.batch_size // (self.axes["data"] * self.axes["expert"])
+        return self.config.trainer.batch_size // math.prod(self.axes[axis] for axis in BATCH_AXES)
 
     @property
     def milliseconds(self) -> dict[str, float]:
@@ -85,10 +86,12 @@ class Plan:
                 held=self.memory.arguments | self.memory.temporaries,
                 remat=self.config.model.remat,
                 policies=remat_policies(self.config.model),
-                kept_bytes=reckoned_kept(self.config.model, self.rows, trainer.seq_len),
+                kept_bytes=reckoned_kept(self.config.model, self.rows, trainer.seq_len // trainer.context_axis),
                 rows=self.rows,
                 batch_size=trainer.batch_size,
                 model_axis=trainer.model_axis,
+                data_axis=self.axes["data"],
+                replicas=trainer.replica_dcn,
                 devices=len(self.topology.devices),
             )
         )
@@ -123,7 +126,8 @@ def make_plan(
     """
     check_fit(config)
     record, prediction = predicted_step(variant, config, topology, levanter=levanter, say=say)
-    held = memory(record, tuple(mesh_axes(config.trainer, topology).values()))
+    axes = mesh_axes(config.trainer, topology)
+    held = memory(record, (axes["data"] * axes["context"], axes["expert"], axes["model"]))
     figures = needed(record.refusal)  # the compiler's own limit, which a larger budget does not move
     limits = (topology.available_hbm_bytes if budget_bytes is None else budget_bytes, *(figures[1:] if figures else ()))
     return Plan(variant, config, topology, record, prediction, held, int(min(limits)))
@@ -131,7 +135,7 @@ def make_plan(
 
 def mesh_axes(trainer: Any, topology: Topology) -> dict[str, int]:
     """Devices along each axis of the mesh of a run with this `GrugTrainerConfig`."""
-    shared = {"expert": trainer.expert_axis, "model": trainer.model_axis}
+    shared = trainer.mesh_axes
     return {"data": len(topology.devices) // math.prod(shared.values())} | shared
 
 

@@ -38,7 +38,8 @@ def verdict(plan: Plan) -> list[str]:
 
 def _head(plan: Plan) -> Iterator[str]:
     topology, model, trainer = plan.topology, plan.config.model, plan.config.trainer
-    axes = " × ".join(f"{name} {size}" for name, size in plan.axes.items() if name != "expert" or size > 1)
+    shown = {name: size for name, size in plan.axes.items() if name in ("data", "model") or size > 1}
+    axes = " × ".join(f"{name} {size}" for name, size in shown.items())
     yield f"{plan.variant} on {topology.name}: {topology.num_chips} chips, {len(topology.devices)} devices, {axes}"
     yield (
         f"batch {trainer.batch_size} × {trainer.seq_len} tokens, rows on each device: {plan.rows};"
@@ -95,6 +96,7 @@ def _times(plan: Plan) -> Iterator[str]:
         f"predicted {plan.prediction.tokens_per_second_per_chip:,.0f} tokens/s per chip; MFU {mfu['mfu']:.1f} %"
         f" (causal {mfu['mfu_causal']:.1f} %, recomputed work counted {mfu['hfu']:.1f} %)"
     )
+    yield from (f"doubtful: {doubt}" for doubt in plan.prediction.schedule.doubts)
 
 
 def _program(plan: Plan) -> Iterator[str]:

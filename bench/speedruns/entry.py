@@ -2,10 +2,14 @@
 """What an entry does: plans, trains its seeds by the variants' own `launch.run`, says how it stands, adds its rows."""
 
 import argparse
+import dataclasses
+import importlib
 import json
 import os
 import platform
 import re
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,6 +27,7 @@ from grug_model.score.runs import SeedRun, in_turn, named, train
 from grug_model.score.stats import difference
 from train.checkpoint_files import read_metadata
 from train.command import errors_explained
+from train.executor import ExecutorStep, execute
 from train.history import History, read_history
 from train.mesh import quiet_libtpu
 from train.rundir import check_fit, hash_of, say
@@ -51,8 +56,10 @@ def main(entry: Entry, argv: list[str] | None = None) -> None:
                 entry.track.check(config)
         if options.plan:
             return _plan(entry, options.tpu)
-        commit = ledger.commit_of_clean_tree() if options.submit else commit_here()
         _check(entry, options)
+        if options.executor:
+            raise SystemExit(execute(steps(entry, range(options.seeds)), dry_run=options.dry_run))
+        commit = ledger.commit_of_clean_tree() if options.submit else commit_here()
         found = _train(entry, range(options.seeds))
         _compare(found)
         if entry.track:
@@ -69,21 +76,50 @@ def _options(entry: Entry, argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--plan", action="store_true", help="compile for a TPU instead: does it fit, how fast is it?")
     parser.add_argument("--tpu", default="v5p:2x2x1", help="for --plan; default v5p:2x2x1")
+    parser.add_argument(
+        "--executor",
+        action="store_true",
+        help="train the seeds as steps of the executor, each in a process of its own; they make no row",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="for --executor: say what would run")
     return parser.parse_args(argv)
+
+
+def steps(entry: Entry, seeds: Sequence[int]) -> list[ExecutorStep]:
+    """The entry's runs as steps of the executor: each the `step` of its variant's launch.py, under the entry's name."""
+    made = []
+    for variant, seed in in_turn(list(entry.configs), seeds):
+        config = entry.configs[variant]
+        trainer = dataclasses.replace(config.trainer, seed=seed)
+        run = dataclasses.replace(config, trainer=trainer, run_id=f"{entry.name}-{variant}-seed{seed}")
+        made.append(importlib.import_module(f"grug_model.{variant}.launch").step(run))
+    return made
 
 
 def _check(entry: Entry, options: argparse.Namespace) -> None:
     if options.seeds < 1:
         raise ValueError(f"--seeds {options.seeds}: choose 1 or more; a row counts with 2 or more.")
+    if options.executor and options.submit:
+        raise ValueError("--submit: a row is made of runs that this program trained itself. Leave --executor out.")
+    if options.dry_run and not options.executor:
+        raise ValueError("--dry-run: it is for --executor; without that, the seeds would be trained. Add --executor.")
     if options.submit and entry.track is None:
         raise ValueError(f"{entry.name} has no track, as nobody has set a target yet: leave --submit out.")
-    if jax.default_backend() == "cpu" and not entry.on_laptop:
+    if not (entry.on_laptop or options.dry_run) and _backend(in_a_process_of_its_own=options.executor) == "cpu":
         config = next(iter(entry.configs.values()))
         flops = config.model.flops_per_token(config.trainer.seq_len).training * _tokens(config)
         raise ValueError(
             f"{entry.name}: {si(flops)} FLOPs a seed are not for a CPU. --plan says what it takes on a TPU; or train"
             " where there is one."
         )
+
+
+def _backend(*, in_a_process_of_its_own: bool) -> str:
+    """Asked here, jax takes the accelerator for this process: not what the executor's steps would find then."""
+    if not in_a_process_of_its_own:
+        return jax.default_backend()
+    asked = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+    return subprocess.check_output(asked, text=True).split()[-1]
 
 
 def _plan(entry: Entry, tpu: str) -> None:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ledger as a page in Markdown."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from statistics import fmean, stdev
 
 from bench.speedruns import ledger
 from bench.speedruns.ledger import P, Row, places, races, records
+from train.command import markdown
 from train.rundir import write_atomically
 from train.summary import clock, si
 
@@ -32,21 +33,16 @@ def page(rows: Sequence[Row]) -> str:
         counting, left = places(race), [row for row in race if row.why_not is not None]
         won = records(race)
         if counting:
-            parts += _table(COUNTS, (_counting(i, row, row in won) for i, row in enumerate(counting, start=1)))
+            parts += markdown([COUNTS, *(_counting(i, row, row in won) for i, row in enumerate(counting, start=1))])
         else:
             parts.append("No row counts yet.")
         if left:
-            parts += ["", *_table(DOES_NOT, map(_left_out, left))]
+            parts += ["", *markdown([DOES_NOT, *map(_left_out, left)])]
     return "\n".join([*parts, *([] if rows else ["\nNo row yet."])]) + "\n"
 
 
 def write() -> None:
     write_atomically(ledger.PAGE, page(ledger.read()))
-
-
-def _table(header: Sequence[str], rows: Iterator[Sequence[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return [f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines]
 
 
 def _counting(place: int, row: Row, is_record: bool) -> Sequence[str]:

@@ -7,13 +7,13 @@ the same; of equal times the lower mean loss is first, then the older row.
 """
 
 import json
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
 from grug_model.score.stats import p_below
+from train.git import git
 from train.rundir import write_atomically
 
 ROOT = Path(__file__).parents[2]
@@ -140,17 +140,13 @@ def commit_of_clean_tree(root: Path = ROOT) -> str:
     """
     ours = [f":!{file}" for file in ("bench/speedruns/results.json", "docs/reports/speedruns.md")]
     try:
-        changed = _git(root, "status", "--porcelain", "--", ".", *ours)
-        head = _git(root, "rev-parse", "--short", "HEAD").strip()
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise ValueError(f"speedrun: {root} is no git repository, and a row names its commit: {error}.") from error
+        changed = git(root, "status", "--porcelain", "--", ".", *ours)
+        head = git(root, "rev-parse", "--short", "HEAD").strip()
+    except ValueError as error:
+        raise ValueError(f"speedrun: {root} is no git repository, and a row names its commit. {error}") from error
     if changed:
         raise ValueError(
             f"speedrun: a row names the commit that it was made with, and these files differ from {head}:\n{changed}"
             "Commit them first, on a branch if they are an attempt."
         )
     return head
-
-
-def _git(root: Path, *arguments: str) -> str:
-    return subprocess.check_output(["git", *arguments], cwd=root, text=True, stderr=subprocess.PIPE)

@@ -90,7 +90,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Program:
-    """bundles: by address. regions: number of a region -> address where it begins."""
+    """bundles: by address. regions: number of a region -> address where it begins.
+
+    A region without a marker of its own is empty: it lies behind the end of the one numbered before it, whose body a
+    branch to it skips. That may be the end of the program.
+    """
 
     bundles: tuple[Bundle, ...]
     regions: dict[int, int]
@@ -101,6 +105,7 @@ _COMMENT = re.compile(r"/\*.*?\*/", re.S)
 # What only a comment tells: the direction of a general DMA, what a halt checks, what a division is asked for.
 _NOTE = re.compile(r"/\* (\w+-to-\w+) \*/|/\* (BoundsCheck|scheckeq|kRem)\b")
 _REGION_START = re.compile(r"Start(?:/End empty)? region (\d+)")
+_REGION_END = re.compile(r"End region (\d+)")
 _RESULT = re.compile(r"^(?:%(\w+) = )?(\S+)\s*(.*)$", re.S)
 _GUARD = re.compile(r"\((!?)(%p\d+_p\d+)(?:, %\w+)?\)")
 _REGISTER = re.compile(r"%?([sp])\d+_[sp](\d+)")
@@ -119,16 +124,17 @@ def parse(text: str) -> Program:
     if not heads:
         raise ValueError("no bundle found: expected lines such as '0x16   : > { %45 = sbr.rel … }'.")
     bundles: list[Bundle] = []
-    regions: dict[int, int] = {}
+    starts: dict[int, int] = {}
+    behind: dict[int, int] = {}
     for address, head in enumerate(heads):
         if int(head[1], 16) != address:
             raise ValueError(f"bundle {address:#x} is missing: {head[1]} is printed in its place.")
         stop = heads[address + 1].start() if address + 1 < len(heads) else len(text)
         body = text[head.end() : stop]
-        for region in _REGION_START.findall(body):
-            regions[int(region)] = address
+        starts |= {int(region): address for region in _REGION_START.findall(body)}
+        behind |= {int(region) + 1: address + 1 for region in _REGION_END.findall(body)}
         bundles.append(Bundle(tuple(_instructions(body)), head[2].count(">")))
-    return Program(tuple(bundles), regions)
+    return Program(tuple(bundles), behind | starts)
 
 
 def _instructions(body: str) -> Iterable[Instruction]:
@@ -233,12 +239,4 @@ def _target(program: Program, address: int, branch: Instruction) -> int:
         return program.regions[branch.target_region]
     if branch.target_address is not None:
         return branch.target_address
-    # A region without a marker of its own is empty: it is where the next one begins.
-    later = [
-        (region, start)
-        for region, start in program.regions.items()
-        if branch.target_region is not None and region > branch.target_region and start > address
-    ]
-    if not later:
-        raise ValueError(f"the branch at {address:#x} goes to region {branch.target_region}, which the program lacks.")
-    return min(later)[1]
+    raise ValueError(f"the branch at {address:#x} goes to region {branch.target_region}, which the program lacks.")

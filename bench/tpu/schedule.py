@@ -31,12 +31,14 @@ from bench.tpu import dump, hlo, picture, scalar
 from bench.tpu.core import CORES, core_of
 from bench.tpu.hbm import Hbm
 from bench.tpu.record import Program, Record, compiling
-from bench.tpu.timeline import Kernel, Reader, ScalarOperands, Transfer
+from bench.tpu.timeline import SPARSE_CORE, Kernel, Reader, ScalarOperands, Transfer
 from bench.tpu.topology import stay_on_cpu, tpu_topology
 
 logger = logging.getLogger(__name__)
 
 _SHOWN = 30  # kernels in a table
+# A kernel is misread where it is predicted to take that many times what XLA's cost model says, and so much of it all.
+_MISREAD_TIMES, _MISREAD_SHARE = 10, 0.05
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,18 @@ class Schedule:
         return sum(k.estimated_ms or 0.0 for k in known), sum(k.predicted_ms for k in known)
 
     @property
+    def doubts(self) -> list[str]:
+        """Why `predicted_ms` is not to be used; empty where no reason is known."""
+        misread = [
+            f"{k.name} is misread: {k.predicted_ms:,.0f} ms predicted, {k.estimated_ms:,.2f} by XLA's cost model"
+            for k in self.kernels
+            if k.estimated_ms is not None
+            and k.predicted_ms > max(_MISREAD_TIMES * k.estimated_ms, _MISREAD_SHARE * self.predicted_ms)
+        ]
+        unknown = [note for note in self.notes if SPARSE_CORE in note]
+        return misread + ["what SparseCores send or move is counted as nothing"] * bool(unknown)
+
+    @property
     def parts(self) -> dict[str, float]:
         """Where the predicted time goes, in ms."""
         return {
@@ -133,6 +147,7 @@ class Schedule:
             "parts",
             "scopes",
             "xla_cost_model_ms",
+            "doubts",
         )
         return {name: getattr(self, name) for name in totals} | dataclasses.asdict(self)
 
@@ -237,6 +252,7 @@ def _lines(schedule: Schedule) -> Iterator[str]:
         yield "by scope: " + ", ".join(f"{scope} {ms:.4f} ms" for scope, ms in schedule.scopes.items())
     if schedule.copied_bytes:
         yield f"copies of XLA beside kernels: {schedule.copied_bytes / 1e6:.2f} MB"
+    yield from (f"doubtful: {doubt}" for doubt in schedule.doubts)
     yield from (f"note: {note}" for note in schedule.notes)
 
 

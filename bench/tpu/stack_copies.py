@@ -193,8 +193,9 @@ def of_step(variant: str, config: Any, topology: Topology) -> list[Finding]:
     Raises:
       ValueError: the variant has no stack, or was refused.
     """
-    with topology.targeted(step.mesh_of(config.trainer, topology)):
-        leaves = stacked_leaves("state.params", step.abstract_state(variant, config, topology).params)
+    mesh = step.mesh_of(config.trainer, topology)
+    with topology.targeted(mesh):
+        leaves = stacked_leaves("state.params", step.abstract_state(variant, config, mesh).params)
     if not leaves:
         raise ValueError(f"stack_copies: {variant} has no ArrayStacked among its parameters; try array_stacked.")
     with step.compiling_step(variant, config, topology, levanter=False, schedules=False) as (record, program):

@@ -5,31 +5,28 @@ import contextlib
 import dataclasses
 import importlib
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from bench import levanter_grug
-from bench.laptop import Example, Mask
 from bench.tpu import schedule
 from bench.tpu.record import Program, Record, compiling
 from bench.tpu.schedule import Schedule
 from bench.tpu.timeline import ScalarOperands
 from bench.tpu.topology import Topology
-from grug_kernels.attention import AttentionMask, pallas_tpu
+from grug_kernels.attention import AttentionMask, context, pallas_tpu
 from grug_kernels.attention.tpu_backward_blocks import BackwardBlocks
 from grug_kernels.attention.tpu_plan import backward_plan
 from grug_kernels.dispatch import UnsupportedError
-from train.mesh import BATCH_AXES, batch_shards
+from train.mesh import batch_shards
 from train.offload import shapes_of
+from train.shapes import abstract_batch, splits_explained
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +73,7 @@ def replaced(config: Any, *, model: Mapping[str, Any], trainer: Mapping[str, Any
 
 def mesh_of(trainer: Any, topology: Topology) -> Mesh:
     """That of a run with this `GrugTrainerConfig`."""
-    return topology.mesh(expert=trainer.expert_axis, model=trainer.model_axis)
+    return topology.mesh(**trainer.mesh_axes)
 
 
 def step_record(variant: str, config: Any, topology: Topology, *, levanter: bool = False) -> Record:
@@ -106,7 +103,10 @@ def predicted_step(
     """
     trainer = config.trainer
     rows = trainer.batch_size // batch_shards(mesh_of(trainer, topology))
-    tables = {} if levanter else attention_tables(rows, trainer.seq_len, _backward_blocks(config, topology))
+    queries, keys = attended(config, rows)
+    backward = _backward_blocks(config, queries, keys, topology)
+    part = {"queries": queries, "causal": keys == trainer.seq_len}
+    tables = {} if levanter else attention_tables(rows, keys, backward, **part)
     with compiling_step(variant, config, topology, levanter, schedules=True, say=say) as (record, program):
         if program is None:
             return record, None
@@ -137,46 +137,59 @@ def compiling_step(
             f"step_record: batch_size={trainer.batch_size} is not a multiple of the {shards} devices of"
             f" {topology.name} that share the batch. Choose a multiple of {shards}."
         )
+    if levanter and trainer.context_axis > 1:
+        raise ValueError(
+            f"step: Levanter's attention is put in for whole rows, and context_axis={trainer.context_axis} splits them."
+            " Leave out --levanter, or --trainer.context-axis."
+        )
     optimizer = config.optimizer.build(trainer.steps, matrix_axes=train.matrix_axes)
     pieces = levanter_grug.in_place_of_ours(variant, tpu=topology.devices) if levanter else contextlib.nullcontext()
     with topology.targeted(mesh), pieces:
-        state = abstract_state(variant, config, topology)
+        state = abstract_state(variant, config, mesh)
         batch = abstract_batch(mesh, trainer.batch_size, trainer.seq_len)
         train_step = train.make_train_step(optimizer, trainer)
         with compiling(train_step, state, batch, topology=topology, schedules=schedules, say=say) as compiled:
             yield compiled
 
 
-def abstract_state(variant: str, config: Any, topology: Topology) -> Any:
-    """The shapes and shardings of the variant's state, on the mesh that is set.
+def abstract_state(variant: str, config: Any, mesh: Mesh) -> Any:
+    """The shapes and shardings of the variant's state, on `mesh`, which is set.
 
-    Raises ValueError where an axis of the mesh does not divide an extent, with its name.
+    Raises ValueError as `splits_explained`.
     """
     train = importlib.import_module(f"grug_model.{variant}.train")
     optimizer = config.optimizer.build(config.trainer.steps, matrix_axes=train.matrix_axes)
     init = partial(train.init_train_state, config.model, optimizer, config.trainer)
-    try:
+    with splits_explained(config.model, mesh):
         return shapes_of(lambda: init(key=jax.random.key(config.trainer.seed)))
-    except ValueError as error:
-        found = re.search(r"partitioned (\d+) times, but does not evenly divide the dimension size (\d+)", str(error))
-        if found is None:
-            raise
-        parts, size = map(int, found.groups())
-        names = [f"{name}={size}" for name, value in vars(config.model).items() if value == size]
-        raise ValueError(
-            f"step: {', '.join(names) or f'an axis of {size}'} does not divide over {parts} devices of"
-            f" {topology.name} (model_axis={config.trainer.model_axis}). Choose a multiple of {parts}, or another"
-            " model_axis."
-        ) from error
 
 
-def attention_tables(rows: int, seq_len: int, backward: BackwardBlocks | None = None) -> ScalarOperands:
+def attended(config: Any, rows: int) -> tuple[int, int]:
+    """Positions of queries and of keys that attention takes at once on a device of `rows` rows; in a ring one block."""
+    model, trainer = config.model, config.trainer
+    queries, heads = trainer.seq_len // trainer.context_axis, model.num_kv_heads // trainer.model_axis
+    k = jax.ShapeDtypeStruct((rows, queries, heads, model.head_dim), model.compute_dtype)
+    in_ring = trainer.context_axis > 1 and not context.gathers(k, k, trainer.context_axis)
+    return queries, queries if in_ring else trainer.seq_len
+
+
+def attention_tables(
+    rows: int,
+    seq_len: int,
+    backward: BackwardBlocks | None = None,
+    *,
+    queries: int | None = None,
+    causal: bool = True,
+) -> ScalarOperands:
     """What steers our attention kernels, which is data: of `rows` rows on one device, causal and one document each,
     which is the most work that a packed batch can be. Empty for lengths that are padded; the table then says so.
 
+    queries: how many of the last positions the device has; None: all.
+    causal: False for a block of a ring, most of which are seen whole by whoever sees them.
     backward: its blocks; None: all keys of a row at once. In several chunks its grid is data too, and comes first."""
-    intervals = AttentionMask(causal=True).intervals(rows, seq_len, seq_len)
-    if intervals.stripes is None or seq_len % 512:
+    queries = queries or seq_len
+    intervals = AttentionMask(causal=causal).intervals(rows, queries, seq_len)
+    if intervals.stripes is None or queries % 512 or seq_len % 512:
         return {}
     stripes = np.asarray(intervals.stripes).reshape(-1)
     tables = {("attention_forward", 0): stripes, ("attention_backward", 0): stripes}
@@ -187,24 +200,15 @@ def attention_tables(rows: int, seq_len: int, backward: BackwardBlocks | None = 
     return tables
 
 
-def _backward_blocks(config: Any, topology: Topology) -> BackwardBlocks | None:
+def _backward_blocks(config: Any, queries: int, keys: int, topology: Topology) -> BackwardBlocks | None:
     """Of the attention kernel that a device runs; None where it would refuse."""
     model, axis = config.model, config.trainer.model_axis
     q, k = (
-        jax.ShapeDtypeStruct((1, config.trainer.seq_len, heads // axis, model.head_dim), model.compute_dtype)
-        for heads in (model.num_heads, model.num_kv_heads)
+        jax.ShapeDtypeStruct((1, length, heads // axis, model.head_dim), model.compute_dtype)
+        for length, heads in ((queries, model.num_heads), (keys, model.num_kv_heads))
     )
     try:
-        return pallas_tpu.blocks_for(q, k, k, topology.chip.name, None)[1]
+        in_parts = keys < config.trainer.seq_len
+        return pallas_tpu.blocks_for(q, k, k, topology.chip.name, None, in_parts=in_parts)[1]
     except (UnsupportedError, ZeroDivisionError):  # no whole head for a device: refused where it is traced
         return None
-
-
-def abstract_batch(mesh: Mesh, batch_size: int, seq_len: int) -> Example:
-    """The shapes of a batch, split over `mesh`."""
-    sharding = NamedSharding(mesh, P(BATCH_AXES, None))
-
-    def struct(dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct((batch_size, seq_len), dtype, sharding=sharding)
-
-    return Example(struct(jnp.int32), struct(jnp.float32), Mask((struct(jnp.int32), struct(jnp.int32))))

@@ -20,6 +20,7 @@ _NO_WORK = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "a
 # A call is one to a SparseCore. XLA gives it conversions of layouts, which move every byte; of its other calls
 # (gathers, scatters) it is not known what they move. What is called stands at call-start, its operands at call-update.
 _FORMATTING = "OFFLOAD_DATA_FORMATTING"
+SPARSE_CORE = "call to a SparseCore"  # so a note names those
 _CONTROL = {"while", "call", "conditional"}
 _STARTS = {"copy-start", "slice-start", "async-start", "call-update"}
 _DONES = {"copy-done", "slice-done", "async-done", "call-done"}
@@ -231,7 +232,7 @@ class Reader:
         if instruction.opcode == "call-start":
             if _FORMATTING not in instruction.rest:
                 self._unknown.add(instruction.name)
-                self._without["call to a SparseCore"] += times  # pyright: ignore[reportArgumentType]  # an average
+                self._without[SPARSE_CORE] += times  # pyright: ignore[reportArgumentType]  # an average
             return 0.0
         if instruction.opcode in _STARTS or instruction.opcode == "copy":
             moved = arrays.moved_bytes(instruction.opcode, instruction.shape)

@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from grug_kernels import chips, dispatch
-from train.mesh import AXES, quiet_libtpu
+from train.mesh import mesh_over, quiet_libtpu
 
 # Read when libtpu is loaded, which is when jax first looks for devices: importing this module comes before.
 # Two processes may hold it at once: without this the second is told to delete a lock file.
@@ -79,22 +78,9 @@ class Topology:
         """Two along each axis that chips of this kind are wired along: six in three dimensions, four in two."""
         return 2 * _CHIPS[self.chip.name].smallest.count("x") + 2
 
-    def mesh(self, *, replica_dcn: int = 1, context: int = 1, expert: int = 1, model: int = 1) -> Mesh:
-        """All devices along `train.mesh.AXES`, all explicit; `data` takes those that the other axes leave.
-
-        Raises:
-          ValueError: the axes do not divide the devices.
-        """
-        others = replica_dcn * context * expert * model
-        if len(self.devices) % others:
-            raise ValueError(
-                f"{self.name}: replica_dcn={replica_dcn} x context={context} x expert={expert} x model={model} ="
-                f" {others} does not divide its {len(self.devices)} devices. Choose axes whose product does."
-            )
-        shape = (replica_dcn, len(self.devices) // others, context, expert, model)
-        # Splitting: on v6e:4x4 a `data` of 8 and a `model` of 2 share an axis of the chips, which make_mesh refuses.
-        devices = mesh_utils.create_device_mesh(shape, self.devices, allow_split_physical_axes=True)
-        return Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    def mesh(self, **axes: int) -> Mesh:
+        """That of a run on all devices, see `train.mesh.mesh_over`."""
+        return mesh_over(self.devices, **axes)
 
     @contextlib.contextmanager
     def targeted(self, mesh: Mesh | None = None) -> Iterator[None]:

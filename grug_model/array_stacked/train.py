@@ -40,6 +40,8 @@ from train.profile import Profile
 from train.progress import Progress, phase
 from train.rundir import as_dict, check_fit, check_vocab_size, open_run
 from train.sample import sample
+from train.shapes import check_splits
+from train.sharding import write_sharding
 from train.tracker import RunTracker, start_tracker
 from train.tree_stats import watched
 from train.watch import WatchConfig
@@ -122,7 +124,7 @@ def make_train_step(optimizer: Optimizer, trainer: GrugTrainerConfig, watch: Wat
 def per_token_losses(params: GrugModelParameters, batch: Any) -> tuple[Array, Array, Array]:
     """For evaluation: -log p, weight and target token of every position, each [batch, seq_len]."""
     losses = params.next_token_losses(batch.tokens, batch.loss_weight, mask_of(batch))
-    return losses, batch.loss_weight, jnp.roll(batch.tokens, -1, axis=1)
+    return losses, batch.loss_weight, jnp.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
 
 
 def per_token_scores(params: GrugModelParameters, batch: Any) -> tuple[Array, Array]:
@@ -151,7 +153,8 @@ def run_grug(variant: str, config: "GrugBaseLaunchConfig") -> None:
     started = perf_counter()
     trainer = config.trainer
     check_fit(config)
-    mesh = create_mesh(trainer.batch_size, expert=trainer.expert_axis, model=trainer.model_axis)
+    mesh = create_mesh(trainer.batch_size, **trainer.mesh_axes)
+    check_splits(Transformer, config.model, mesh)
     check_offload(trainer.offload, mesh)
     optimizer = config.optimizer.build(trainer.steps, matrix_axes=matrix_axes)
     run = open_run(variant, config)
@@ -176,6 +179,7 @@ def run_grug(variant: str, config: "GrugBaseLaunchConfig") -> None:
             return already_finished(run, int(state.step))
         say_if_data_moved(resumed, config)
         run.write_config(config)
+        write_sharding(run.path, state, mesh)
         with (
             start_tracker(run.path, run.run_id, as_dict(config), config.tracker) as tracker,
             advice_on_failure(run, config, init, tracker) as evidence,

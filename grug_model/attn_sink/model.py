@@ -6,8 +6,8 @@ Sources: arXiv:2309.17453 (sinks, and one that is fixed at 0), gpt-oss (one per 
 
 A Llama-style transformer: RMSNorm, rotary positions, grouped-query attention, gated MLP, untied head.
 
-Plain arrays, sharding written where it happens. Under `jax.set_mesh`, weights are born split over "data" and "model";
-each is gathered over "data" where it is used (FSDP), activations are split over the batch.
+Plain arrays, sharding written where it happens. Under `jax.set_mesh`, weights are born split over FSDP and "model";
+each is gathered over FSDP where it is used, activations are split over batch and positions.
 """
 
 import dataclasses
@@ -26,7 +26,8 @@ from grug_kernels.mfu import TokenFlops
 from grug_kernels.stacked import rematerialised
 
 BATCH = ("replica_dcn", "data", "expert")
-HEADS = P(BATCH, None, "model", None)
+FSDP = ("data", "context")
+HEADS = P(BATCH, None, "model", None)  # of a cache, whose positions are whole
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,11 @@ def init_weight(key: PRNGKeyArray, shape: tuple[int, ...], *, fan_in: int, spec:
     return jax.random.truncated_normal(key, -3.0, 3.0, shape, out_sharding=spec) * fan_in**-0.5
 
 
+def by_token(x: Array, *last: str | None) -> P:
+    """Batch and positions split as those of x: over BATCH, and over "context" but while it samples; then `last`."""
+    return P(*jax.typeof(x).sharding.spec[:2], *last)
+
+
 class RMSNorm(eqx.Module):
     scale: Float[Array, " hidden_dim"]
     eps: float = eqx.field(static=True)
@@ -139,10 +145,10 @@ class Attention(eqx.Module):
         d, n, k, h = cfg.hidden_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
         q_key, k_key, v_key, o_key = jax.random.split(key, 4)
         return Attention(
-            w_q=init_weight(q_key, (d, n, h), fan_in=d, spec=P("data", "model", None)),
-            w_k=init_weight(k_key, (d, k, h), fan_in=d, spec=P("data", "model", None)),
-            w_v=init_weight(v_key, (d, k, h), fan_in=d, spec=P("data", "model", None)),
-            w_o=init_weight(o_key, (n, h, d), fan_in=n * h, spec=P("model", None, "data")),
+            w_q=init_weight(q_key, (d, n, h), fan_in=d, spec=P(FSDP, "model", None)),
+            w_k=init_weight(k_key, (d, k, h), fan_in=d, spec=P(FSDP, "model", None)),
+            w_v=init_weight(v_key, (d, k, h), fan_in=d, spec=P(FSDP, "model", None)),
+            w_o=init_weight(o_key, (n, h, d), fan_in=n * h, spec=P("model", None, FSDP)),
             # At first as a key that q is orthogonal to: of t keys so far, a sink has one part in t + 1.
             sinks=jnp.zeros(n, out_sharding=P("model")),
             rope_theta=cfg.rope_theta,
@@ -165,14 +171,15 @@ class Attention(eqx.Module):
 
     def _heads(self, x, position=None):
         """q [batch, seq_len, num_heads, head_dim]; k, v [batch, seq_len, num_kv_heads, head_dim]"""
-        q = jnp.einsum("btd,dnh->btnh", x, self.w_q.astype(x.dtype), out_sharding=HEADS)
-        k = jnp.einsum("bsd,dkh->bskh", x, self.w_k.astype(x.dtype), out_sharding=HEADS)
-        v = jnp.einsum("bsd,dkh->bskh", x, self.w_v.astype(x.dtype), out_sharding=HEADS)
+        heads = by_token(x, "model", None)
+        q = jnp.einsum("btd,dnh->btnh", x, self.w_q.astype(x.dtype), out_sharding=heads)
+        k = jnp.einsum("bsd,dkh->bskh", x, self.w_k.astype(x.dtype), out_sharding=heads)
+        v = jnp.einsum("bsd,dkh->bskh", x, self.w_v.astype(x.dtype), out_sharding=heads)
         return rotate(q, self.rope_theta, position), rotate(k, self.rope_theta, position), v
 
     def _mixed(self, q, k, v, mask):
         mixed = attention(q, k, v, mask, sinks=self.sinks)
-        return jnp.einsum("btnh,nhd->btd", mixed, self.w_o.astype(q.dtype), out_sharding=P(BATCH, None, None))
+        return jnp.einsum("btnh,nhd->btd", mixed, self.w_o.astype(q.dtype), out_sharding=by_token(q, None))
 
 
 class MLP(eqx.Module):
@@ -185,18 +192,18 @@ class MLP(eqx.Module):
         d, f = cfg.hidden_dim, cfg.intermediate_dim
         gate_key, up_key, down_key = jax.random.split(key, 3)
         return MLP(
-            w_gate=init_weight(gate_key, (d, f), fan_in=d, spec=P("data", "model")),
-            w_up=init_weight(up_key, (d, f), fan_in=d, spec=P("data", "model")),
-            w_down=init_weight(down_key, (f, d), fan_in=f, spec=P("model", "data")),
+            w_gate=init_weight(gate_key, (d, f), fan_in=d, spec=P(FSDP, "model")),
+            w_up=init_weight(up_key, (d, f), fan_in=d, spec=P(FSDP, "model")),
+            w_down=init_weight(down_key, (f, d), fan_in=f, spec=P("model", FSDP)),
         )
 
     @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "batch seq_len hidden_dim"]) -> Float[Array, "batch seq_len hidden_dim"]:
-        wide = P(BATCH, None, "model")
+        wide = by_token(x, "model")
         gate = jnp.einsum("btd,df->btf", x, self.w_gate.astype(x.dtype), out_sharding=wide)
         up = jnp.einsum("btd,df->btf", x, self.w_up.astype(x.dtype), out_sharding=wide)
         return jnp.einsum(
-            "btf,fd->btd", jax.nn.silu(gate) * up, self.w_down.astype(x.dtype), out_sharding=P(BATCH, None, None)
+            "btf,fd->btd", jax.nn.silu(gate) * up, self.w_down.astype(x.dtype), out_sharding=by_token(x, None)
         )
 
 
@@ -240,10 +247,10 @@ class Transformer(eqx.Module):
         embed_key, blocks_key, head_key = jax.random.split(key, 3)
         v, d = cfg.vocab_size, cfg.hidden_dim
         return Transformer(
-            token_embed=init_weight(embed_key, (v, d), fan_in=1, spec=P("data", "model")),
+            token_embed=init_weight(embed_key, (v, d), fan_in=1, spec=P(FSDP, "model")),
             blocks=tuple(Block.init(cfg, key=layer_key) for layer_key in jax.random.split(blocks_key, cfg.num_layers)),
             final_norm=RMSNorm.init(cfg),
-            lm_head=init_weight(head_key, (d, v), fan_in=d, spec=P("data", "model")),
+            lm_head=init_weight(head_key, (d, v), fan_in=d, spec=P(FSDP, "model")),
             config=cfg,
         )
 
@@ -257,7 +264,7 @@ class Transformer(eqx.Module):
                 f"Transformer: {seq_len=} is longer than max_seq_len={self.config.max_seq_len}."
                 " Cut the sequences, or train with a larger max_seq_len."
             )
-        x = self._embed(tokens)
+        x = self._embed(jax.reshard(tokens, P(BATCH, "context")))
         seen = mask.intervals(batch, seq_len, seq_len)  # once for all layers
         layer = rematerialised(lambda x, block: block(x, seen), self.config.remat, in_scan=False)
         for block in self.blocks:
@@ -285,7 +292,7 @@ class Transformer(eqx.Module):
     def unembed(self, hidden: Float[Array, "batch seq_len hidden_dim"]) -> Float[Array, "batch seq_len vocab_size"]:
         """Float32 logits of what `__call__` or `extend` gave: for sampling. Training never holds them."""
         head = self.lm_head.astype(hidden.dtype)
-        out = P(BATCH, None, "model")
+        out = by_token(hidden, "model")
         return jnp.einsum("btd,dv->btv", hidden, head, out_sharding=out, preferred_element_type=jnp.float32)
 
     def logits(
@@ -302,7 +309,7 @@ class Transformer(eqx.Module):
         z_loss_weight: float = 0.0,
     ):
         """Mean over positions, weighted, of -log p(next token) + z_loss_weight * lse**2; and its parts."""
-        hidden, labels, weight = self._flat(tokens, loss_weight, mask)
+        hidden, labels, weight = self._hidden_and_labels(tokens, loss_weight, mask)
         head = self.lm_head.astype(hidden.dtype)
         return linear_cross_entropy(hidden, head, labels, weight=weight, z_loss_weight=z_loss_weight)
 
@@ -310,32 +317,31 @@ class Transformer(eqx.Module):
         self, tokens: Int[Array, "batch seq_len"], loss_weight: Float[Array, "batch seq_len"], mask: AttentionMask
     ) -> Float[Array, "batch seq_len"]:
         """-log p(next token) of every position, for evaluation; at the last one, which has none, any number."""
-        hidden, labels, _ = self._flat(tokens, loss_weight, mask)
+        hidden, labels, _ = self._hidden_and_labels(tokens, loss_weight, mask)
         losses = token_losses(hidden, self.lm_head.astype(hidden.dtype), labels)[0]
-        return losses.reshape(tokens.shape, out_sharding=P(BATCH, None))
+        return jax.reshard(losses, P(BATCH, None))
 
     def next_token_scores(
         self, tokens: Int[Array, "batch seq_len"], loss_weight: Float[Array, "batch seq_len"], mask: AttentionMask
     ) -> tuple[Float[Array, "batch seq_len"], Bool[Array, "batch seq_len"]]:
         """`next_token_losses`, and whether the next token is the most likely one."""
-        hidden, labels, _ = self._flat(tokens, loss_weight, mask)
+        hidden, labels, _ = self._hidden_and_labels(tokens, loss_weight, mask)
         losses, *_, argmax = token_losses(hidden, self.lm_head.astype(hidden.dtype), labels, return_argmax=True)
-        losses = losses.reshape(tokens.shape, out_sharding=P(BATCH, None))
-        return losses, (argmax == labels).reshape(tokens.shape, out_sharding=P(BATCH, None))
+        return jax.reshard((losses, argmax == labels), P(BATCH, None))
 
     def _embed(self, tokens):
         # Whole rows on every device make the lookup local; the gradient is summed back onto the shards.
         with jax.named_scope("embedding"):
             embed = jax.reshard(self.token_embed.astype(self.config.compute_dtype), P(None, None))
-            return embed.at[tokens].get(out_sharding=P(BATCH, None, None))
+            return embed.at[tokens].get(out_sharding=by_token(tokens, None))
 
-    def _flat(self, tokens, loss_weight, mask):
-        """hidden [tokens, hidden_dim]; labels [tokens], the token that follows; weight [tokens], 0 where none does."""
-        batch, seq_len = tokens.shape
-        hidden = self(tokens, mask).reshape(batch * seq_len, -1)
-        labels = jnp.roll(tokens, -1, axis=1).reshape(-1)
-        has_next = jnp.arange(seq_len) < seq_len - 1
-        return hidden, labels, (loss_weight * has_next).reshape(-1)
+    def _hidden_and_labels(self, tokens, loss_weight, mask):
+        """hidden [batch, seq_len, hidden_dim]; labels, the token that follows; weight, 0 where none does."""
+        has_next = jnp.arange(tokens.shape[1]) < tokens.shape[1] - 1
+        # Whole rows of tokens come in, so that shifting them moves nothing between devices.
+        labels = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+        per_token = jax.reshard((labels, loss_weight * has_next), P(BATCH, "context"))
+        return self(tokens, mask), *per_token
 
 
 GrugModelParameters = Transformer

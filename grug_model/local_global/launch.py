@@ -1,6 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The knobs of this variant and its presets. Start here for a normal run; no jax is imported until one starts."""
 
+if __name__ == "__main__":  # first of all: by path, Python looks for `train` here, and this folder has a train.py
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    from train.run_step import main
+
+    main(Path(__file__).resolve().parent.name)
+
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -8,14 +17,18 @@ from train.checkpoint import CheckpointConfig
 from train.config import GrugTrainerConfig
 from train.data import DataConfig
 from train.evaluate import GrugEvalConfig
+from train.executor import ExecutorStep, Resources, marked, this_output_name, this_output_path, versioned
 from train.optimizer import GrugOptimizerConfig
 from train.profile import ProfileConfig
+from train.rundir import run_name, unversioned
 from train.tracker import TrackerConfig
 from train.watch import WatchConfig
 
 from .model import GrugModelConfig
 
 VARIANT = Path(__file__).parent.name
+# What a run takes: Resources(device="v5p:2x2x1", env={"LIBTPU_INIT_ARGS": "..."}), say.
+RESOURCES = Resources()
 
 
 @dataclass(frozen=True)
@@ -37,11 +50,29 @@ class GrugBaseLaunchConfig:
     output_path: str | None = None
 
 
+_1B = GrugModelConfig(
+    hidden_dim=2048,
+    intermediate_dim=8192,
+    num_layers=16,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=128,
+    rope_theta=500_000.0,
+)
 _7B = GrugModelConfig(
     hidden_dim=4096,
     intermediate_dim=11008,
     num_layers=32,
     num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    rope_theta=500_000.0,
+)
+_70B = GrugModelConfig(
+    hidden_dim=8192,
+    intermediate_dim=28672,
+    num_layers=80,
+    num_heads=64,
     num_kv_heads=8,
     head_dim=128,
     rope_theta=500_000.0,
@@ -70,6 +101,10 @@ PRESETS = {
     ),
     # 130M parameters, 2000 steps of 2M tokens: a slice of v5p.
     "130m": GrugBaseLaunchConfig(),
+    # 1.5B parameters, 2M tokens a step: 16 chips of v5p, 64 of v6e.
+    "1b": GrugBaseLaunchConfig(
+        model=_1B, optimizer=GrugOptimizerConfig(learning_rate=6e-4), trainer=GrugTrainerConfig(steps=50_000)
+    ),
     # 7B parameters, 2M tokens a step: 64 chips of v5p, 256 of v6e.
     "7b": GrugBaseLaunchConfig(
         model=_7B, optimizer=GrugOptimizerConfig(learning_rate=3e-4), trainer=GrugTrainerConfig(steps=250_000)
@@ -80,6 +115,12 @@ PRESETS = {
         optimizer=GrugOptimizerConfig(learning_rate=3e-4),
         trainer=GrugTrainerConfig(steps=10_000, batch_size=128, seq_len=32768, model_axis=4),
     ),
+    # 70B parameters, 4M tokens a step; four chips share each layer: 1024 chips of v5p.
+    "70b": GrugBaseLaunchConfig(
+        model=_70B,
+        optimizer=GrugOptimizerConfig(learning_rate=1.5e-4),
+        trainer=GrugTrainerConfig(steps=500_000, batch_size=1024, model_axis=4),
+    ),
 }
 
 
@@ -89,7 +130,19 @@ def run(config: GrugBaseLaunchConfig) -> None:
     run_grug(VARIANT, config)
 
 
-if __name__ == "__main__":  # as `python -m`: train.run, with this variant
-    from train.run import main
-
-    main(variant=VARIANT)
+def step(config: GrugBaseLaunchConfig) -> ExecutorStep:
+    """`run` as a step: what is versioned decides its result, and with the name makes its folder."""
+    return ExecutorStep(
+        name=run_name(config.run_id, VARIANT),
+        fn=run,
+        config=marked(
+            config,
+            model=versioned(config.model),
+            data=versioned(config.data, but=unversioned("data")),
+            optimizer=versioned(config.optimizer),
+            trainer=versioned(config.trainer, but=unversioned("trainer")),
+            run_id=this_output_name(),
+            output_path=this_output_path(),
+        ),
+        resources=RESOURCES,
+    )

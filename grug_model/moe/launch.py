@@ -1,6 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The knobs of this variant and its presets. Start here for a normal run; no jax is imported until one starts."""
 
+if __name__ == "__main__":  # first of all: by path, Python looks for `train` here, and this folder has a train.py
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    from train.run_step import main
+
+    main(Path(__file__).resolve().parent.name)
+
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,14 +17,18 @@ from train.checkpoint import CheckpointConfig
 from train.config import GrugTrainerConfig
 from train.data import DataConfig
 from train.evaluate import GrugEvalConfig
+from train.executor import ExecutorStep, Resources, marked, this_output_name, this_output_path, versioned
 from train.optimizer import GrugOptimizerConfig
 from train.profile import ProfileConfig
+from train.rundir import run_name, unversioned
 from train.tracker import TrackerConfig
 from train.watch import WatchConfig
 
 from .model import GrugModelConfig
 
 VARIANT = Path(__file__).parent.name
+# What a run takes: Resources(device="v5p:2x2x1", env={"LIBTPU_INIT_ARGS": "..."}), say.
+RESOURCES = Resources()
 
 
 @dataclass(frozen=True)
@@ -88,7 +101,19 @@ def run(config: GrugBaseLaunchConfig) -> None:
     run_grug(VARIANT, config)
 
 
-if __name__ == "__main__":  # as `python -m`: train.run, with this variant
-    from train.run import main
-
-    main(variant=VARIANT)
+def step(config: GrugBaseLaunchConfig) -> ExecutorStep:
+    """`run` as a step: what is versioned decides its result, and with the name makes its folder."""
+    return ExecutorStep(
+        name=run_name(config.run_id, VARIANT),
+        fn=run,
+        config=marked(
+            config,
+            model=versioned(config.model),
+            data=versioned(config.data, but=unversioned("data")),
+            optimizer=versioned(config.optimizer),
+            trainer=versioned(config.trainer, but=unversioned("trainer")),
+            run_id=this_output_name(),
+            output_path=this_output_path(),
+        ),
+        resources=RESOURCES,
+    )

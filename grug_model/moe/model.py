@@ -10,8 +10,8 @@ arXiv:2211.15841 (without capacity, by grouped matmuls), arXiv:2401.04088 (softm
 
 Compile time and program size do not grow with depth. RMSNorm, rotary positions, grouped-query attention, untied head.
 
-Plain arrays, sharding written where it happens. Under `jax.set_mesh`, weights are born split over "data" and "model";
-each is gathered over "data" where it is used (FSDP), activations are split over the batch.
+Plain arrays, sharding written where it happens. Under `jax.set_mesh`, weights are born split over FSDP and "model";
+each is gathered over FSDP where it is used, activations are split over batch and positions.
 """
 
 import dataclasses
@@ -31,7 +31,8 @@ from grug_kernels.mfu import TokenFlops
 from grug_kernels.stacked import ArrayStacked
 
 BATCH = ("replica_dcn", "data", "expert")
-HEADS = P(BATCH, None, "model", None)
+FSDP = ("data", "context")
+HEADS = P(BATCH, None, "model", None)  # of a cache, whose positions are whole
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,11 @@ def init_weight(key: PRNGKeyArray, shape: tuple[int, ...], *, fan_in: int, spec:
     return jax.random.truncated_normal(key, -3.0, 3.0, shape, out_sharding=spec) * fan_in**-0.5
 
 
+def by_token(x: Array, *last: str | None) -> P:
+    """Batch and positions split as those of x: over BATCH, and over "context" but while it samples; then `last`."""
+    return P(*jax.typeof(x).sharding.spec[:2], *last)
+
+
 class RMSNorm(eqx.Module):
     scale: Float[Array, " hidden_dim"]
     eps: float = eqx.field(static=True)
@@ -157,10 +163,10 @@ class Attention(eqx.Module):
         d, n, k, h = cfg.hidden_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
         q_key, k_key, v_key, o_key = jax.random.split(key, 4)
         return Attention(
-            w_q=init_weight(q_key, (d, n, h), fan_in=d, spec=P("data", "model", None)),
-            w_k=init_weight(k_key, (d, k, h), fan_in=d, spec=P("data", "model", None)),
-            w_v=init_weight(v_key, (d, k, h), fan_in=d, spec=P("data", "model", None)),
-            w_o=init_weight(o_key, (n, h, d), fan_in=n * h, spec=P("model", None, "data")),
+            w_q=init_weight(q_key, (d, n, h), fan_in=d, spec=P(FSDP, "model", None)),
+            w_k=init_weight(k_key, (d, k, h), fan_in=d, spec=P(FSDP, "model", None)),
+            w_v=init_weight(v_key, (d, k, h), fan_in=d, spec=P(FSDP, "model", None)),
+            w_o=init_weight(o_key, (n, h, d), fan_in=n * h, spec=P("model", None, FSDP)),
             rope_theta=cfg.rope_theta,
         )
 
@@ -181,14 +187,15 @@ class Attention(eqx.Module):
 
     def _heads(self, x, position=None):
         """q [batch, seq_len, num_heads, head_dim]; k, v [batch, seq_len, num_kv_heads, head_dim]"""
-        q = jnp.einsum("btd,dnh->btnh", x, self.w_q.astype(x.dtype), out_sharding=HEADS)
-        k = jnp.einsum("bsd,dkh->bskh", x, self.w_k.astype(x.dtype), out_sharding=HEADS)
-        v = jnp.einsum("bsd,dkh->bskh", x, self.w_v.astype(x.dtype), out_sharding=HEADS)
+        heads = by_token(x, "model", None)
+        q = jnp.einsum("btd,dnh->btnh", x, self.w_q.astype(x.dtype), out_sharding=heads)
+        k = jnp.einsum("bsd,dkh->bskh", x, self.w_k.astype(x.dtype), out_sharding=heads)
+        v = jnp.einsum("bsd,dkh->bskh", x, self.w_v.astype(x.dtype), out_sharding=heads)
         return rotate(q, self.rope_theta, position), rotate(k, self.rope_theta, position), v
 
     def _mixed(self, q, k, v, mask):
         mixed = attention(q, k, v, mask)
-        return jnp.einsum("btnh,nhd->btd", mixed, self.w_o.astype(q.dtype), out_sharding=P(BATCH, None, None))
+        return jnp.einsum("btnh,nhd->btd", mixed, self.w_o.astype(q.dtype), out_sharding=by_token(q, None))
 
 
 class Places(NamedTuple):
@@ -248,10 +255,10 @@ class MoE(eqx.Module):
         e, d, f = cfg.num_experts, cfg.hidden_dim, cfg.intermediate_dim
         router_key, gate_key, up_key, down_key = jax.random.split(key, 4)
         return MoE(
-            router=init_weight(router_key, (d, e), fan_in=d, spec=P("data", None)),
-            w_gate=init_weight(gate_key, (e, d, f), fan_in=d, spec=P("expert", "data", "model")),
-            w_up=init_weight(up_key, (e, d, f), fan_in=d, spec=P("expert", "data", "model")),
-            w_down=init_weight(down_key, (e, f, d), fan_in=f, spec=P("expert", "model", "data")),
+            router=init_weight(router_key, (d, e), fan_in=d, spec=P(FSDP, None)),
+            w_gate=init_weight(gate_key, (e, d, f), fan_in=d, spec=P("expert", FSDP, "model")),
+            w_up=init_weight(up_key, (e, d, f), fan_in=d, spec=P("expert", FSDP, "model")),
+            w_down=init_weight(down_key, (e, f, d), fan_in=f, spec=P("expert", "model", FSDP)),
             experts_per_token=cfg.experts_per_token,
         )
 
@@ -260,11 +267,11 @@ class MoE(eqx.Module):
         self, x: Float[Array, "batch seq_len hidden_dim"]
     ) -> tuple[Float[Array, "batch seq_len hidden_dim"], Routing]:
         chosen, share, routing = self._route(x)
-        by_token = P(BATCH, None, None)
+        tokens = by_token(x, None)
         mixed = jax.shard_map(
             _through_experts,
-            in_specs=(by_token,) * 3 + (P("expert", "data", "model"),) * 2 + (P("expert", "model", "data"),),
-            out_specs=by_token,
+            in_specs=(tokens,) * 3 + (P("expert", FSDP, "model"),) * 2 + (P("expert", "model", FSDP),),
+            out_specs=tokens,
         )
         return mixed(x, chosen, share.astype(x.dtype), self.w_gate, self.w_up, self.w_down), routing
 
@@ -272,8 +279,8 @@ class MoE(eqx.Module):
     def _route(self, x: Float[Array, "batch seq_len hidden_dim"]):
         """Experts of each token and their weights, both [batch, seq_len, experts_per_token]; and what that came to."""
         # Which expert is ahead may hang on the last bits: float32, and no bfloat16 passes where a TPU would take them.
-        wide, by_token = x.astype(jnp.float32), P(BATCH, None, None)
-        logits = jnp.einsum("btd,de->bte", wide, self.router, precision="highest", out_sharding=by_token)
+        wide = x.astype(jnp.float32)
+        logits = jnp.einsum("btd,de->bte", wide, self.router, precision="highest", out_sharding=by_token(x, None))
         num_experts = logits.shape[-1]
         chosen = jax.lax.top_k(jax.lax.stop_gradient(logits), self.experts_per_token)[1]
         is_chosen = jax.nn.one_hot(chosen, num_experts, dtype=jnp.float32)
@@ -293,7 +300,7 @@ def _through_experts(x, chosen, share, w_gate, w_up, w_down):
     Devices along "expert" hold other experts and other tokens. Each takes the tokens of all of them, runs its own
     experts on those that chose one, and the sums go back to where the tokens are from.
     """
-    whole = partial(jax.lax.all_gather, axis_name="data", tiled=True)
+    whole = partial(jax.lax.all_gather, axis_name=FSDP, tiled=True)
     w_gate, w_up = (whole(w.astype(x.dtype), axis=1) for w in (w_gate, w_up))
     w_down = whole(w_down.astype(x.dtype), axis=2)
     tokens, chosen, share = (
@@ -314,7 +321,9 @@ def _through_experts(x, chosen, share, w_gate, w_up, w_down):
     # Weighted before w_down and not after it, so that no gradient asks for the result.
     out = jnp.where(own, jax.lax.ragged_dot(jax.nn.silu(gate) * up * weight, w_down, sizes), 0)
     mixed = jax.lax.psum_scatter(to_tokens(out, places, k), "expert", tiled=True)
-    return jax.lax.psum(mixed, "model").reshape(x.shape)
+    mixed = jax.lax.psum(mixed, "model").reshape(x.shape)
+    # While it samples x is the same along "context", and so is this, which the gathered weights hide from JAX.
+    return mixed if "context" in jax.typeof(x).manual_axis_type.varying else jax.lax.pmean(mixed, "context")
 
 
 class Block(eqx.Module):
@@ -358,10 +367,10 @@ class Transformer(eqx.Module):
         embed_key, blocks_key, head_key = jax.random.split(key, 3)
         v, d = cfg.vocab_size, cfg.hidden_dim
         return Transformer(
-            token_embed=init_weight(embed_key, (v, d), fan_in=1, spec=P("data", "model")),
+            token_embed=init_weight(embed_key, (v, d), fan_in=1, spec=P(FSDP, "model")),
             blocks=ArrayStacked.init(cfg.num_layers, Block)(cfg, key=blocks_key),
             final_norm=RMSNorm.init(cfg),
-            lm_head=init_weight(head_key, (d, v), fan_in=d, spec=P("data", "model")),
+            lm_head=init_weight(head_key, (d, v), fan_in=d, spec=P(FSDP, "model")),
             config=cfg,
         )
 
@@ -379,7 +388,7 @@ class Transformer(eqx.Module):
                 f"Transformer: {seq_len=} is longer than max_seq_len={self.config.max_seq_len}."
                 " Cut the sequences, or train with a larger max_seq_len."
             )
-        x = self._embed(tokens)
+        x = self._embed(jax.reshard(tokens, P(BATCH, "context")))
         seen = mask.intervals(batch, seq_len, seq_len)  # once for all layers
         x, of_layers = self.blocks.scan(x, seen, remat=self.config.remat)
         routing = Routing(of_layers.load_balance_loss.mean(), of_layers.z_loss.mean(), of_layers.max_load.max())
@@ -403,7 +412,7 @@ class Transformer(eqx.Module):
     def unembed(self, hidden: Float[Array, "batch seq_len hidden_dim"]) -> Float[Array, "batch seq_len vocab_size"]:
         """Float32 logits of what `__call__` or `extend` gave: for sampling. Training never holds them."""
         head = self.lm_head.astype(hidden.dtype)
-        out = P(BATCH, None, "model")
+        out = by_token(hidden, "model")
         return jnp.einsum("btd,dv->btv", hidden, head, out_sharding=out, preferred_element_type=jnp.float32)
 
     def logits(
@@ -421,7 +430,7 @@ class Transformer(eqx.Module):
     ):
         """Mean over positions, weighted, of -log p(next token) + z_loss_weight * lse**2, and the losses of the router;
         and the parts of both: LossParts, Routing."""
-        hidden, labels, weight, routing = self._flat(tokens, loss_weight, mask)
+        hidden, labels, weight, routing = self._hidden_and_labels(tokens, loss_weight, mask)
         head = self.lm_head.astype(hidden.dtype)
         loss, parts = linear_cross_entropy(hidden, head, labels, weight=weight, z_loss_weight=z_loss_weight)
         loss += self.config.load_balance_loss_weight * routing.load_balance_loss
@@ -432,34 +441,33 @@ class Transformer(eqx.Module):
         self, tokens: Int[Array, "batch seq_len"], loss_weight: Float[Array, "batch seq_len"], mask: AttentionMask
     ) -> Float[Array, "batch seq_len"]:
         """-log p(next token) of every position, for evaluation; at the last one, which has none, any number."""
-        hidden, labels, *_ = self._flat(tokens, loss_weight, mask)
+        hidden, labels, *_ = self._hidden_and_labels(tokens, loss_weight, mask)
         losses = token_losses(hidden, self.lm_head.astype(hidden.dtype), labels)[0]
-        return losses.reshape(tokens.shape, out_sharding=P(BATCH, None))
+        return jax.reshard(losses, P(BATCH, None))
 
     def next_token_scores(
         self, tokens: Int[Array, "batch seq_len"], loss_weight: Float[Array, "batch seq_len"], mask: AttentionMask
     ) -> tuple[Float[Array, "batch seq_len"], Bool[Array, "batch seq_len"]]:
         """`next_token_losses`, and whether the next token is the most likely one."""
-        hidden, labels, *_ = self._flat(tokens, loss_weight, mask)
+        hidden, labels, *_ = self._hidden_and_labels(tokens, loss_weight, mask)
         losses, *_, argmax = token_losses(hidden, self.lm_head.astype(hidden.dtype), labels, return_argmax=True)
-        losses = losses.reshape(tokens.shape, out_sharding=P(BATCH, None))
-        return losses, (argmax == labels).reshape(tokens.shape, out_sharding=P(BATCH, None))
+        return jax.reshard((losses, argmax == labels), P(BATCH, None))
 
     def _embed(self, tokens):
         # Whole rows on every device make the lookup local; the gradient is summed back onto the shards.
         with jax.named_scope("embedding"):
             embed = jax.reshard(self.token_embed.astype(self.config.compute_dtype), P(None, None))
-            return embed.at[tokens].get(out_sharding=P(BATCH, None, None))
+            return embed.at[tokens].get(out_sharding=by_token(tokens, None))
 
-    def _flat(self, tokens, loss_weight, mask):
-        """hidden [tokens, hidden_dim]; labels [tokens], the token that follows; weight [tokens], 0 where none does; and
-        the `Routing`."""
-        batch, seq_len = tokens.shape
+    def _hidden_and_labels(self, tokens, loss_weight, mask):
+        """hidden [batch, seq_len, hidden_dim]; labels, the token that follows; weight, 0 where none does; and the
+        `Routing`."""
+        has_next = jnp.arange(tokens.shape[1]) < tokens.shape[1] - 1
+        # Whole rows of tokens come in, so that shifting them moves nothing between devices.
+        labels = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+        per_token = jax.reshard((labels, loss_weight * has_next), P(BATCH, "context"))
         hidden, routing = self._routed(tokens, mask)
-        hidden = hidden.reshape(batch * seq_len, -1)
-        labels = jnp.roll(tokens, -1, axis=1).reshape(-1)
-        has_next = jnp.arange(seq_len) < seq_len - 1
-        return hidden, labels, (loss_weight * has_next).reshape(-1), routing
+        return hidden, *per_token, routing
 
 
 GrugModelParameters = Transformer

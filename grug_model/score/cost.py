@@ -93,11 +93,9 @@ def count_parameters(variant: str, config: Any) -> int:
     import jax
     from jax.sharding import AbstractMesh, AxisType
 
-    code = importlib.import_module(f"grug_model.{variant}.train")
-    optimizer = config.optimizer.build(config.trainer.steps, matrix_axes=code.matrix_axes)
+    from train.shapes import abstract_parameters
+
+    model = importlib.import_module(f"grug_model.{variant}.model")
     one_device = AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
-    with jax.sharding.use_abstract_mesh(one_device):
-        state = jax.eval_shape(
-            lambda: code.init_train_state(config.model, optimizer, config.trainer, key=jax.random.key(0))
-        )
-    return sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    params = abstract_parameters(model.Transformer, config.model, one_device)
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

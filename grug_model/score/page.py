@@ -7,7 +7,7 @@ from html import escape
 from statistics import fmean
 
 from train.history import read_history
-from train.page import Markup, folded, page, plots, table
+from train.page import Markup, folded, page, plots, table, tiles
 from train.plot import COLORS, Line, Points, line_plot, smooth
 
 from .card import MIB, Card, p_text, plus_minus
@@ -60,7 +60,7 @@ def _tiles(card: Card) -> str:
     """Of the one variant: what it wins, and what that costs."""
     row, base = card.rows[1], card.base
     found = card.differences.get(row.variant)
-    tiles = [
+    rows = [
         (
             "loss",
             plus_minus(found.mean, found.half_width, sign=True) if found else "–",
@@ -69,19 +69,15 @@ def _tiles(card: Card) -> str:
     ]
     bits, bits_base = row.mean("bits_per_byte"), base.mean("bits_per_byte")
     if bits and bits_base:
-        tiles.append(("bits per byte", f"{bits.value:.3f}", f"{base.variant} {bits_base.value:.3f}"))
+        rows.append(("bits per byte", f"{bits.value:.3f}", f"{base.variant} {bits_base.value:.3f}"))
     ours, theirs = row.cost, base.cost
     if ours.step_seconds and theirs.step_seconds:
         step, before = ours.step_seconds * 1e3, theirs.step_seconds * 1e3
-        tiles.append((f"step on {ours.tpu}, predicted", f"{step:,.1f} ms", f"{base.variant} {before:,.1f} ms"))
+        rows.append((f"step on {ours.tpu}, predicted", f"{step:,.1f} ms", f"{base.variant} {before:,.1f} ms"))
     if ours.hbm_bytes and theirs.hbm_bytes:
         apart = (ours.hbm_bytes - theirs.hbm_bytes) / MIB
-        tiles.append(("HBM of one device", f"{apart:+,.1f} MiB", f"{base.variant} {theirs.hbm_bytes / MIB:,.1f} MiB"))
-    cells = (
-        f'<div class="card tile"><span>{escape(name)}</span><b>{escape(value)}</b><small>{escape(note)}</small></div>'
-        for name, value, note in tiles
-    )
-    return f'<div class="tiles">{"".join(cells)}</div>'
+        rows.append(("HBM of one device", f"{apart:+,.1f} MiB", f"{base.variant} {theirs.hbm_bytes / MIB:,.1f} MiB"))
+    return tiles(rows)
 
 
 def _curves(card: Card) -> list[str]:

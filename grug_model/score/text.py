@@ -4,6 +4,7 @@
 import textwrap
 from collections.abc import Sequence
 
+from train.command import aligned
 from train.summary import si
 
 from . import stats
@@ -17,7 +18,7 @@ def card_text(card: Card) -> str:
     lines = [f"── {title} ".ljust(WIDTH, "─")]
     for verdict in card.verdicts.values():
         lines += textwrap.wrap(verdict, WIDTH)
-    lines += ["", aligned(*wins(card)), "", aligned(*costs(card))]
+    lines += ["", *_table(*wins(card)), "", *_table(*costs(card))]
     for note in notes(card):
         lines += textwrap.wrap(f"note: {note}", WIDTH)
     return "\n".join([*lines, "─" * WIDTH])
@@ -83,14 +84,5 @@ def notes(card: Card) -> list[str]:
     return said
 
 
-def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    columns = list(zip(header, *rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in (header, *rows)
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return aligned([header, *rows], numbers=range(1, len(header)))

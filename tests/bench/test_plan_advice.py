@@ -20,6 +20,8 @@ ACTIVATIONS = Situation(
     rows=16,
     batch_size=64,
     model_axis=1,
+    data_axis=4,
+    replicas=1,
     devices=4,
 )
 STATE = dataclasses.replace(
@@ -79,8 +81,16 @@ def test_where_nothing_is_enough_what_saves_most_comes_first():
     assert advice(desperate)[0].text == "--batch 4 in place of 64, 1 rows on a device"
 
 
-def test_the_model_axis_is_advised_only_where_it_divides_the_devices():
-    assert not [way for way in advice(dataclasses.replace(ACTIVATIONS, model_axis=4)) if "model-axis" in way.text]
+def test_the_model_axis_is_advised_only_where_there_are_devices_for_it():
+    """Those along "data": of four devices, with sequences split over four, none is left."""
+    assert [way for way in advice(ACTIVATIONS) if "model-axis 2" in way.text]
+    assert not [way for way in advice(dataclasses.replace(ACTIVATIONS, data_axis=1)) if "model-axis" in way.text]
+
+
+def test_of_several_copies_of_the_weights_one_is_advised():
+    ways = advice(dataclasses.replace(STATE, replicas=2, data_axis=2))
+    assert Advice("--trainer.replica-dcn 1 in place of 2, one copy of the weights", 45 * GIB) in ways
+    assert not [way for way in advice(STATE) if "replica-dcn" in way.text]
 
 
 def test_the_loss_is_split_by_the_model_axis():

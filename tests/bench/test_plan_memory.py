@@ -198,6 +198,7 @@ ENTRY %main (w: f32[2,8,32]) -> f32[2,8,32] {
   %again = bf16[64,99] fusion(%whole), metadata={op_name="BACKWARD/mlp/dot"}
   %grad = f32[32,32] fusion(%whole), metadata={op_name="BACKWARD/mlp/dot"}
   %moment = f32[2,8,32] fusion(%w), metadata={op_name="jit(train_step)/optimizer/mul"}
+  %sign = () custom-call(%w), metadata={op_name="jit(train_step)/sign"}
   ROOT %stray = f32[5,5] fusion(%w), metadata={op_name="jit(train_step)/iota"}
 }
 """.replace("FORWARD", "jit(train_step)/jvp(stacked_layers)/while").replace(
@@ -212,6 +213,7 @@ IN_USE = [  # name, bytes, from, to; the backward pass begins at 20 with the fir
     ("cast{}", 256, 1, 30, WEIGHTS, "state.params.blocks.stacked.mlp.w_up"),
     ("moment{}", 128, 29, 30, OPTIMIZER, "optimizer/mul"),
     ("stray{}", 64, 29, 30, OTHER, "iota"),
+    ("sign{}", 32, 29, 30, OTHER, "sign"),
 ]
 
 
@@ -232,6 +234,6 @@ def test_each_temporary_is_of_the_kind_that_its_maker_and_its_shape_say():
         WORK: 1024,
         LOSS: 4096,
         OPTIMIZER: 128,
-        OTHER: 64,
+        OTHER: 96,
         GAPS: gaps,
     }

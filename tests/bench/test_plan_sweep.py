@@ -11,6 +11,7 @@ from bench.plan import candidates, sweep
 from bench.plan.candidates import Candidate, Kept, Outcome, groups
 from bench.plan.frontier import best, frontier, rows, table
 from bench.plan.page import page, picture
+from bench.plan.plan import changed
 from bench.tpu.topology import LIBTPU_IS_MISSING, has_libtpu
 from tests.bench import tpu_cases
 from tests.bench.plan_cases import GIB, tiny
@@ -34,6 +35,12 @@ def test_what_is_usual_is_every_policy_three_batches_and_the_axes_that_divide():
     assert {candidate.model for group in found for candidate in group} == {1}  # the model has one head
     assert {candidate.remat for group in found for candidate in group} >= {"none", "full", "save_attention"}
     assert all([candidate.batch for candidate in group] == [8, 16, 32] for group in found)
+
+
+def test_model_axes_are_of_the_devices_that_the_other_axes_leave():
+    """Of four, two for each copy of the weights."""
+    config = changed(tiny(replica_dcn=2), model={"num_heads": 4, "num_kv_heads": 4, "head_dim": 32})
+    assert {candidate.model for group in groups(config, FOUR_CHIPS, (), (), ()) for candidate in group} == {1, 2}
 
 
 def test_what_is_named_is_tried_the_smallest_batch_first():

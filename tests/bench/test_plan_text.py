@@ -159,3 +159,23 @@ def test_what_lives_in_the_host_is_told_apart():
     lines = text(plan()).splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("in the host's memory"))
     assert lines[start + 1].split() == ["ema", "3,072.0"]
+
+
+def test_a_prediction_that_is_not_to_be_used_says_so():
+    """As of a fusion for TPU7x: 6760 ms, of which XLA's cost model makes 12."""
+    good, long = SCHEDULE.kernels
+    assert SCHEDULE.doubts == []
+    doubtful = dataclasses.replace(
+        SCHEDULE,
+        kernels=(
+            dataclasses.replace(good, estimated_ms=1.0),
+            dataclasses.replace(long, name="fusion.432", predicted_ms=6760.0, estimated_ms=12.0),
+        ),
+        notes=("without a schedule, counted as nothing: 147 call to a SparseCore, 2 sqrt",),
+    )
+    assert doubtful.doubts == [
+        "fusion.432 is misread: 6,760 ms predicted, 12.00 by XLA's cost model",
+        "what SparseCores send or move is counted as nothing",
+    ]
+    said = text(plan(prediction=StepPrediction(doubtful, tokens=8 * 256, chips=4)))
+    assert "doubtful: fusion.432 is misread" in said

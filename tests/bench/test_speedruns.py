@@ -16,6 +16,7 @@ from grug_model.base.launch import GrugBaseLaunchConfig
 from grug_model.score.cost import count_parameters
 from tests.train.runs import log_event, summary_event, write_events
 from train.evaluate import GrugEvalConfig
+from train.executor_steps import plan
 from train.history import read_history
 
 FOLDER = Path(entry.__file__).parent
@@ -224,6 +225,8 @@ def test_the_head_to_head_is_between_models_of_125m_that_see_the_same():
     ("race", "argv", "said"),
     [
         (vs_125m.ENTRY, [], "FLOPs a seed are not for a CPU. --plan says what it takes on a TPU"),
+        (vs_125m.ENTRY, ["--executor"], "FLOPs a seed are not for a CPU"),
+        (starter.ENTRY, ["--dry-run"], "--dry-run: it is for --executor; without that, the seeds would be trained"),
         (starter.ENTRY, ["--seeds", "0"], "--seeds 0: choose 1 or more"),
         (vs_125m.ENTRY, ["--plan", "--tpu", "v9"], "'v9' is no TPU that can be compiled for"),
     ],
@@ -242,3 +245,21 @@ def test_without_a_track_nothing_is_submitted(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         entry.main(vs_125m.ENTRY, ["--submit"])
     assert "has no track, as nobody has set a target yet" in capsys.readouterr().err
+
+
+def test_its_runs_are_steps_of_the_executor_one_for_each_variant_and_seed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    planned = plan(entry.steps(vs_125m.ENTRY, range(2)), Path("runs"))
+    names = [one.step.name.removeprefix("grugformer-vs-hackable-125m-") for one in planned]
+    assert names == ["base-seed0", "attn_sink-seed0", "attn_sink-seed1", "base-seed1"]
+    assert [one.config.trainer.seed for one in planned] == [0, 0, 1, 1]
+    assert len({one.path.name.rpartition("-")[2] for one in planned}) == 4
+    assert planned[0].config.output_path == str(planned[0].path)
+    with pytest.raises(SystemExit) as ended:
+        entry.main(starter.ENTRY, ["--executor", "--dry-run", "--seeds", "1"])
+    assert ended.value.code == 0
+    assert "grugformer-starter-base-seed0: would run (never begun)" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        entry.main(starter.ENTRY, ["--executor", "--submit"])
+    assert ended.value.code == 2
+    assert not any(tmp_path.iterdir())

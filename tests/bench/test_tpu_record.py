@@ -303,6 +303,18 @@ def test_attention_is_counted_under_a_causal_mask():
     assert step.attention_tables(rows=2, seq_len=1000) == {}
 
 
+def test_attention_to_a_split_row_is_counted_for_the_device_that_has_most_to_do():
+    """Its last positions; of a ring, in which many blocks are seen whole, one such block."""
+    model = {"num_kv_heads": 8, "head_dim": 128, "max_seq_len": 2**18}
+    for seq_len, keys in ((4096, 4096), (2**18, 2**18 // 4)):
+        trainer = {"batch_size": 1, "seq_len": seq_len, "context_axis": 4}
+        assert step.attended(step.template("base", model=model, trainer=trainer), 1) == (seq_len // 4, keys)
+    last = step.attention_tables(1, 4096, queries=1024)["attention_forward", 0].reshape(8, 4)
+    assert last[:, 3].tolist() == [3200, 3328, 3456, 3584, 3712, 3840, 3968, 4096]
+    block = step.attention_tables(1, 1024, queries=1024, causal=False)["attention_forward", 0].reshape(8, 4)
+    assert (block == [0, 0, 1024, 1024]).all()
+
+
 def test_attention_over_several_chunks_of_keys_is_counted_with_its_grid():
     """At 32768 tokens on v5p. With the stripes in the grid's place the backward pass was predicted to take nothing."""
     blocks = BackwardBlocks(block_q=512, block_kv=512, row_chunk=256, key_chunk=512)

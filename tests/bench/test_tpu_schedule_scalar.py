@@ -65,6 +65,49 @@ def test_a_branch_to_nowhere_is_an_error():
         prepare("{ %1 = sbr.rel target = $region9 }", *EMPTY)
 
 
+# How a scatter ends, as libtpu 0.0.48.1 makes it for v5p: it waits for its fourth DMA, if it started four.
+LAST_WAIT = (
+    "{ %p15411_p4 = scmp.le.s32.totalorder %s67_s3, 3 } /* Start/End empty region 31 :: Start region 32 ::"
+    " End region 32 :: Start region 33 :: Start region 34 */",
+    "{ %91 = sbr.rel (%p15411_p4) target = $region35 }",
+    "{}",
+    "{}",
+    "{}",
+    "{} /* End region 33 */",
+    "{ %16030 = dma.done.wait [#allocation3 + $0x3], 16 /* local-dma-wait */ }",
+    "{ %16031 = vsyncadd [#allocation3 + $0x3], 4294967280 }",
+    "{ %94 = sfence } /* End region 0 :: End region 18 :: End region 34 */",
+    "{} /* exit bundle: %scatter_fusion = fusion(%broadcast.256, %bitcast.797, %bitcast.115) */",
+)
+# A whole kernel for v5p, less its work: the second core of the chip leaves at once.
+FIRST_CORE_ONLY = (
+    "{ %s3_s6 = sld [smem:[#allocation0]] /* megacore core id :: core id */ }",
+    "{ %p20_p0 = scmp.ne.s32.totalorder %s3_s6, 0 } /* End region 1 */",
+    "{ %10 = sbr.rel (%p20_p0) target = $region4 }",
+    "{}",
+    "{}",
+    "{}",
+    "{} /* End region 2 */",
+    "{ %11 = vsyncpa [#allocation2], 0 } /* Start region 5 */",
+    "{ %19 = vsyncpa [#allocation2], 1 } /* End region 0 :: End region 3 :: End region 5 */",
+    "{} /* exit bundle: %broadcast.519 = broadcast(%constant.1042) */",
+)
+
+
+@pytest.mark.parametrize(("dmas", "bundles"), [(3, 1 + 6 + 1), (4, 1 + 6 + 3 + 1)])
+def test_a_region_without_a_marker_may_be_the_end_of_the_program(dmas, bundles):
+    """The preset 70b got no prediction: "the branch at 0x102f goes to region 35, which the program lacks"."""
+    assert prepare(f"{{ %s1_s3 = smov {dmas} }}", *LAST_WAIT).run(CORE).bundles == bundles
+
+
+def test_a_region_without_a_marker_is_behind_the_one_before_it():
+    """And not where the next one by number begins: region 5 is in region 3, which the branch skips."""
+    blocks = prepare(*FIRST_CORE_ONLY).blocks
+    (leaving,) = (block for block in blocks if block.branch is not None)
+    assert leaving.target is not None
+    assert blocks[leaving.target].start == len(FIRST_CORE_ONLY) - 1
+
+
 INT32 = [0, 1, -1, 5, 2**31 - 1, -(2**31), 123456789, -987654321]
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A repository to make and retire variants in: a copy of grug_model/ and of the archive, with one commit."""
+"""A repository to make and retire variants in: a copy of grug_model/ and of the archive, with one commit; and what
+tests of the report on their differences share."""
 
 import os
 import shutil
@@ -7,6 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
+from grug_model import diff, diff_facts
+from grug_model.diff_code import sources
+from grug_model.diff_facts import Facts
 
 ROOT = Path(__file__).parents[2]
 AUTHOR = {
@@ -29,6 +34,17 @@ def commit(root: Path, message: str) -> str:
     return git(root, "rev-parse", "HEAD")
 
 
+def edit(origin: Path, variant: Path, old: str, new: str, file: str = "model.py") -> None:
+    """A copy of `origin` with `old` replaced once."""
+    variant.mkdir()
+    for path in origin.glob("*.py"):
+        text = path.read_text()
+        if path.name == file:
+            assert text.count(old) == 1, f"{text.count(old)} times: {old}"
+            text = text.replace(old, new)
+        (variant / path.name).write_text(text)
+
+
 @pytest.fixture
 def repository(tmp_path, monkeypatch) -> Path:
     """Its root, where the test runs."""
@@ -43,3 +59,27 @@ def repository(tmp_path, monkeypatch) -> Path:
     commit(root, "all there was")
     monkeypatch.chdir(root)
     return root
+
+
+FACTS: dict[tuple, Facts] = {}
+
+
+@pytest.fixture
+def laptop_facts(monkeypatch, request):
+    """Facts of the laptop preset, of the same text once; kernels, which take seconds, where a test asks for them."""
+    monkeypatch.setattr(diff_facts, "PRESET", "laptop")
+    monkeypatch.setattr("grug_model.diff_page.PRESET", "laptop")
+    kernels = "kernels" in request.fixturenames
+
+    def facts_of(variant: Path) -> Facts:
+        key = (*sources(variant).items(), kernels)
+        if key not in FACTS:
+            FACTS[key] = diff_facts.facts_of(variant, kernels=kernels)
+        return FACTS[key]
+
+    monkeypatch.setattr(diff, "facts_of", facts_of)
+
+
+@pytest.fixture
+def kernels():
+    """Asks `laptop_facts` for them."""

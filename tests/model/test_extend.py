@@ -61,8 +61,8 @@ def piece_by_piece(params, tokens, ends):
 
 @pytest.mark.parametrize("variant", MODELS)
 def test_logits_are_those_of_the_whole_row(variant):
-    """data=4, model=2: rows of several lengths, each going on where it ended."""
-    with jax.set_mesh(create_mesh(ROWS, model=2)):
+    """data=2, context=2, model=2: rows of several lengths, each going on where it ended."""
+    with jax.set_mesh(create_mesh(ROWS, context=2, model=2)):
         params, tokens = model_of(variant), random_batch(ROWS, LENGTH).tokens
         expected = whole(params, tokens)
         found = piece_by_piece(params, tokens, ENDS)

@@ -35,8 +35,8 @@ TRAINER = tiny_trainer()
 
 
 def mesh():
-    """data=4, model=2."""
-    return create_mesh(8, model=2)
+    """data=2, context=2, model=2."""
+    return create_mesh(8, context=2, model=2)
 
 
 @functools.cache  # and with it what jit has compiled, which is where the time goes
@@ -114,7 +114,7 @@ def test_eight_devices_train_as_one_does(variant):
 
 
 def eight_train_as_one(variant, optimizer):
-    """data=4, model=2 against one device, three steps in float32."""
+    """data=2, context=2, model=2 against one device, three steps in float32."""
 
     def trained(devices):
         with jax.set_mesh(devices):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The life of a variant: made, recorded, retired, all or nothing; and the commands of the recipe that tells of it."""
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -160,7 +161,7 @@ def test_recording_writes_what_is_known_by_then(repository, monkeypatch, capsys)
 
 def fake_score(monkeypatch, **functions) -> None:
     module = ModuleType("grug_model.score")
-    module.__spec__ = variants_edit.importlib.util.spec_from_loader("grug_model.score", loader=None)
+    module.__spec__ = importlib.util.spec_from_loader("grug_model.score", loader=None)
     vars(module).update(functions)
     monkeypatch.setitem(sys.modules, "grug_model.score", module)
 

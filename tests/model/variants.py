@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from bench.laptop import Example, Mask
+from train import shapes
 from train.mesh import AXES, BATCH_AXES
+from train.shapes import Example, Mask
 
 FOLDER = Path(__file__).parent.parent.parent / "grug_model"
 VARIANTS = sorted(folder.parent.name for folder in FOLDER.glob("*/launch.py"))
@@ -80,10 +81,4 @@ def random_batch(batch_size: int = 8, seq_len: int = 16, vocab_size: int = 96, s
 
 
 def abstract_batch(mesh, batch_size: int = 8, seq_len: int = 16) -> Example:
-    """The shapes of a batch, sharded over `mesh`; no device is needed."""
-
-    def struct(dtype):
-        sharding = jax.sharding.NamedSharding(mesh, BATCH)
-        return jax.ShapeDtypeStruct((batch_size, seq_len), dtype, sharding=sharding)
-
-    return Example(struct(jnp.int32), struct(jnp.float32), Mask((struct(jnp.int32), struct(jnp.int32))))
+    return shapes.abstract_batch(mesh, batch_size, seq_len)

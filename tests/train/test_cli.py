@@ -82,6 +82,8 @@ def test_unknown_variants_and_presets_are_told_what_there_is():
         ("trainer: {steps: many}", ["run.yaml.trainer.steps: 'many' is no int."]),
         ("optimizer: {learning_rate: fast}", ["run.yaml.optimizer.learning_rate: 'fast' is no float."]),
         ("trainer: {steps: 0}", ["GrugTrainerConfig: steps=0; it is at least 1"]),
+        ("trainer: {context_axis: 0}", ["GrugTrainerConfig: context_axis=0; it is at least 1"]),
+        ("trainer: {replica_dcn: 0}", ["GrugTrainerConfig: replica_dcn=0; it is at least 1"]),
         ("trainer: {steps", ["--config run.yaml cannot be read", "trainer: {steps: 500}"]),
     ],
 )
@@ -125,7 +127,15 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_is_written():
     fails(run(*flags({"--model.num-heads": 5, "--model.num-kv-heads": 2})), "num_heads=5", "num_kv_heads=2")
     fails(run(*flags({"--trainer.seq-len": 33})), "trainer.seq_len=33 is longer than model.max_seq_len=32")
     fails(run(*flags({"--trainer.batch-size": 12})), "batch_size=12 is not a multiple of", "8 devices")
-    fails(run(*flags({"--trainer.model-axis": 3})), "does not divide 8 devices")
+    fails(run(*flags({"--trainer.context-axis": 16})), "does not divide 8 devices")
+    fails(run(*flags({"--trainer.context-axis": 3})), "context_axis=3 does not divide trainer.seq_len=32")
+    fails(run(*flags({"--trainer.replica-dcn": 3})), "replica_dcn=3 x context=1 x expert=1 x model=1 = 3 does not")
+    fails(run(*flags({"--model.hidden-dim": 12})), "hidden_dim=12 does not divide over 8 devices (data x context; 8")
+    of_four = {"--trainer.replica-dcn": 2, "--trainer.context-axis": 2, "--model.vocab-size": 1026}
+    fails(
+        run(*flags(of_four)), "vocab_size=1026 does not divide over 4 devices", "choose a multiple of 4, another number"
+    )
+    fails(run(*flags({"--trainer.model-axis": 4})), "model_axis=4 does not divide model.num_heads=2")
     fails(run(*flags({"--optimizer.warmup-steps": 6})), "warmup_steps=6 is not below steps=6")
     assert not Path("runs").is_dir() or not list(Path("runs").glob("array_stacked-*"))
 

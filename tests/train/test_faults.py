@@ -16,6 +16,7 @@ import pytest
 from bench.faults import corruptions, disk, kills
 from bench.faults.record import FAILED, BrokenError, Record, inspect
 from tests.train.checkpointed import write
+from train.checkpoint_read import verify
 from train.prove_resume import Killed, digests
 
 ROOT = Path(__file__).parents[2]
@@ -87,8 +88,8 @@ LOG = "WARNING refusing checkpoint x/step-4: "
     ],
 )
 def test_a_corruption_that_comes_through_is_a_failure(damaged, monkeypatch, found, broken):
-    monkeypatch.setattr(corruptions, "answer", lambda *_: found)
-    monkeypatch.setattr(corruptions, "inspected", lambda paths, _: inspect(paths))
+    problems = verify(str(damaged / f"step-{corruptions.NEW}"))
+    monkeypatch.setattr(corruptions, "answer", lambda *_: found | {"problems": problems})
     monkeypatch.setattr(corruptions, "NAMES", (*corruptions.NAMES, "params/w", "ema_params/w", "opt_state"))
     record = record_of(partial(corruptions.after_damage, damaged, damaged))
     assert bool(record.failures) == bool(broken)

@@ -45,7 +45,7 @@ def text(length: int, seed: int = 0) -> str:
 
 @functools.cache
 def mesh():
-    return create_mesh(8, model=2)
+    return create_mesh(8, context=2, model=2)
 
 
 @functools.cache

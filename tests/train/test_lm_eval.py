@@ -58,8 +58,9 @@ def prepared(grug_cache):
 
 @pytest.fixture(scope="module")
 def trained(folder) -> Path:
-    """A run that evaluated itself at steps 4 and 6, its last."""
+    """A run that evaluated itself at steps 4 and 6, its last; positions split over two devices."""
     changed = {"--eval.harness.tasks": BOTH, "--eval.harness.every": 4, "--eval.harness.limit": LIMIT}
+    changed["--trainer.context-axis"] = 2  # and whoever evaluates what it saved has no such axis
     ended = run_tiny("harnessed", **changed)
     assert ended.code == 0, ended.text
     return Path("runs/harnessed")

@@ -72,8 +72,9 @@ def test_it_takes_the_flags_of_a_run_and_some_short_ones(planned, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("trainer: {seq_len: 1024, batch_size: 16}\n")
     flags = ["--config", str(file), "--batch", "64", "--remat", "none", "--model.num-layers", "3", "--tpu", "v6e"]
-    ended = plan("--stacked", *flags, "--budget-gib", "8")
+    ended = plan("--stacked", *flags, "--budget-gib", "8", "--trainer.replica-dcn", "2")
     assert ended.code == 1
+    assert "4 devices, data 2 × replica_dcn 2 × model 1\nbatch 64 × 1024 tokens, rows on each device: 16" in ended.text
     assert "verdict: refused. trace raised UnsupportedError: not today" in ended.text
     [(variant, config, tpu, budget)] = planned
     assert (variant, tpu, budget) == ("array_stacked", "v6e:2x2", 8 * GIB)
@@ -94,8 +95,11 @@ def test_with_no_flag_at_all_it_is_the_130m_template_on_four_chips(planned):
         (["--tpu", "v9"], ["'v9' is no TPU that can be compiled for. Chips are v4, v5e, v5p"]),
         (["--tpu", "v5p:3x1x1"], ["libtpu has no 'v5p:3x1x1'", "v5p:2x2x1"]),
         (["--batch", "6"], ["batch_size=6 is not a multiple of the 4 devices", "Choose a multiple of 4"]),
-        (["--trainer.model-axis", "3"], ["model=3", "does not divide its 4 devices"]),
-        (["--trainer.model-axis", "2"], ["num_heads=1", "does not divide over 2 devices of v5p:2x2x1 (model_axis=2)"]),
+        (["--trainer.replica-dcn", "3"], ["replica_dcn=3", "does not divide 4 devices"]),
+        (["--trainer.model-axis", "2"], ["trainer.model_axis=2 does not divide model.num_heads=1"]),
+        (["--model.hidden-dim", "126"], ["hidden_dim=126 does not divide over 4 devices (data x context; 4 devices"]),
+        (["--trainer.context-axis", "3"], ["trainer.context_axis=3 does not divide trainer.seq_len=256"]),
+        (["--trainer.context-axis", "2", "--levanter"], ["context_axis=2 splits them. Leave out --levanter"]),
         (["--trainer.seq-len", "512"], ["trainer.seq_len=512 is longer than model.max_seq_len=256"]),
         (["--remat", "most"], ["--remat most: GrugModelConfig has no such policy. It has: none, save_matmuls"]),
         (["--budget-gib", "0"], ["--budget-gib 0.0: a device needs some memory"]),

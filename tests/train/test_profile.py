@@ -12,6 +12,7 @@ from jax.profiler import ProfileData
 from xprof.convert.raw_to_tool_data import xspace_to_tool_data, xspace_to_tool_names
 
 from tests.train.tiny import Ended, flags, run, run_tiny
+from train import together
 from train.history import read_history
 from train.profile import Profile, ProfileConfig
 
@@ -184,7 +185,7 @@ def test_a_run_that_ends_inside_the_window_closes_its_trace(tmp_path, capsys, er
 
 
 def test_only_process_0_speaks(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(together, "is_first", lambda: False)
     profiler, meter, _ = profile(tmp_path, 1, 1)
     with profiler:
         list(profiler.steps(range(1, 3), meter))  # pyright: ignore

@@ -2,6 +2,7 @@
 """A run that was stopped, killed or damaged goes on as if nothing had happened, or says why it does not."""
 
 import importlib
+import json
 import os
 import re
 import shutil
@@ -269,6 +270,23 @@ def test_a_run_moves_to_one_device_and_the_other_variant_and_back(straight, grug
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     a, b = (read_history(run_dir).series("mixture/weight/code") for run_dir in (path, straight))
     assert a == b
+
+
+def test_several_copies_of_the_weights_train_as_one_does_and_go_on_as_one(straight):
+    """Over two slices, if there were any; then over the same devices as one."""
+    path = straight.with_name("copies")
+    assert run_base("copies", "--trainer.replica-dcn", "2").code == 0
+    sharding = json.loads((path / "sharding.json").read_text())
+    assert sharding["mesh"] == {"replica_dcn": 2, "data": 4, "context": 1, "expert": 1, "model": 1}
+    assert sharding["arrays"]["params/lm_head"]["bytes_per_device"] == 16 * 1024 * 4 // 4
+    losses = [dict(read_history(run_dir).series("train/loss")) for run_dir in (path, straight)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    shutil.rmtree(path / "checkpoints" / "step-6")
+    code, text = run("--resume", "runs/copies", "--trainer.replica-dcn", "1")
+    assert code == 0, text
+    assert "warning: copies goes on with trainer.replica_dcn = 1; it was 2 when the run began." in text
+    assert "resuming from step 3: runs/copies/checkpoints/step-3" in text
+    assert dict(read_history(path).series("train/loss")) == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_run_killed_at_any_moment_ends_as_the_one_that_was_not(folder, grug_cache, compiled_programs):

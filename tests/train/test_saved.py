@@ -50,7 +50,7 @@ def test_weights_are_those_of_the_state_on_all_devices_here(run, weights, field)
     assert jax.tree.structure(saved.params) == jax.tree.structure(expected)
     for found, leaf in zip(as_numpy(saved.params), as_numpy(expected), strict=True):
         np.testing.assert_array_equal(found, leaf)
-    assert saved.params.lm_head.sharding.spec == jax.sharding.PartitionSpec("data", "model")
+    assert saved.params.lm_head.sharding.spec == jax.sharding.PartitionSpec(("data", "context"), "model")
     assert saved.params.lm_head.sharding.mesh == saved.mesh
     assert saved.data.vocab_size == tiny.FLAGS["--data.vocab-size"]
 

@@ -23,7 +23,8 @@ from train.run import Choose, choose, parse
 
 pytestmark = pytest.mark.usefixtures("folder")
 STEPS = 4
-ONCE = {"--eval.every": 100, "--checkpoint.every": 100}  # at the end alone
+LAYERS = 1
+ONCE = {"--eval.every": 100, "--checkpoint.every": 100, "--model.num-layers": LAYERS}  # at the end alone
 TINY = [str(part) for name, value in (FLAGS | ONCE).items() if name != "--steps" for part in (name, value)]
 SMALL = ["--seeds", "2", "--steps", str(STEPS), "--tpu", "none"]
 
@@ -36,8 +37,17 @@ def score(*argv: str) -> Ended:
     return Ended(ended.value.code, said.getvalue())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_samples():
+    """Which take longer to compile than to draw, and which no score has."""
+    with pytest.MonkeyPatch.context() as patch:
+        for variant in ("base", "attn_sink"):
+            patch.setattr(f"grug_model.{variant}.train.sample", lambda *_: [])
+        yield
+
+
 @pytest.fixture(scope="module")
-def scored(folder) -> Ended:
+def scored(folder, no_samples) -> Ended:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(contract, "TESTS", Path("nowhere/test_contracts.py"))
         return score("base", "attn_sink", *SMALL, "--", *TINY)
@@ -63,7 +73,8 @@ def test_it_trains_each_variant_with_each_seed_and_says_what_came_of_it(scored):
     apart = [after - before for before, after in zip(losses["base"], losses["attn_sink"], strict=True)]
     assert found["differences"]["attn_sink"]["mean"] == pytest.approx(sum(apart) / 2)
     assert (
-        found["rows"]["attn_sink"]["parameters"] - found["rows"]["base"]["parameters"] == 2 * FLAGS["--model.num-heads"]
+        found["rows"]["attn_sink"]["parameters"] - found["rows"]["base"]["parameters"]
+        == LAYERS * FLAGS["--model.num-heads"]
     )
     assert found["verdicts"]["attn_sink"] in " ".join(scored.text.split())
     assert last_scores()["attn_sink"]["loss"] == pytest.approx(sum(losses["attn_sink"]) / 2)
@@ -199,8 +210,8 @@ def test_what_was_compiled_is_kept_until_something_changes(monkeypatch):
     found = cost.measure("array_stacked", "laptop", config, "v5p:2x2x1", flags)
     expected = ["--variant", "array_stacked", "--preset", "laptop", "--tpu", "v5p:2x2x1", *flags, "--json"]
     assert given[0][1:-1] == ["-m", "train.plan", *expected]
-    d, f, v, layers = 16, 32, 1024, 2
-    assert found.parameters == layers * (2 * d * 16 + 2 * d * 8 + 3 * d * f + 2 * d) + 2 * v * d + d
+    d, f, v = 16, 32, 1024
+    assert found.parameters == LAYERS * (2 * d * 16 + 2 * d * 8 + 3 * d * f + 2 * d) + 2 * v * d + d
     assert (found.hbm_bytes, found.temporaries_bytes, found.step_seconds) == (3000, 1000, 0.25)
     assert (found.compile_seconds, found.compile_cpu_seconds) == (40, 61)
     assert cost.measure("array_stacked", "laptop", config, "v5p:2x2x1", flags) == found

@@ -16,16 +16,16 @@ ENVIRONMENT = {
     # Without LLVM's optimizations, as the other tests.
     "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
     "PJRT_NPROC": "8",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory) -> dict[str, list[str]]:
+def answers(tmp_path_factory, compiled_programs) -> dict[str, list[str]]:
     folder = tmp_path_factory.mktemp("two")
     command = [sys.executable, "-W", "ignore", "-m", "tests.train.two_processes", str(folder)]
-    ended = subprocess.run(
-        command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
-    )
+    environment = os.environ | ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(compiled_programs)}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return json.loads(ended.stdout)
 
@@ -35,8 +35,9 @@ def answers(tmp_path_factory) -> dict[str, list[str]]:
     [("two save", "one reads theirs", 1), ("two save", "two read theirs", 2), ("one saves", "two read its", 2)],
 )
 def test_what_some_processes_save_others_read_bit_for_bit(answers, writer, readers, processes):
-    """Each looks at the shards that it holds."""
-    assert set(answers[writer]) == {"saved"}
+    """Each looks at the shards that it holds. Which checkpoints there are, and when one is due, process 0 says."""
+    due = [True, True] if writer == "one saves" else [False, True]
+    assert set(answers[writer]) == {f"saved; due: {due}"}
     assert answers[readers] == ["step 3, equal"] * processes
 
 
@@ -47,6 +48,20 @@ def test_a_flipped_bit_is_noticed_by_every_process(answers, readers, processes):
     for said in answers[readers]:
         assert said.startswith("NoUsableCheckpointError: 1 checkpoints under")
         assert re.search(r"1 of 4 arrays are not what was saved \(checksum\): (half|w)\n", said)
+
+
+def test_what_one_process_cannot_read_no_process_waits_for(answers):
+    """A process reads the shards that it holds, and the checksums are of all: the others would wait for ever."""
+    said = answers["two read half a file"]
+    assert [one.startswith("NoUsableCheckpointError: 1 checkpoints under") for one in said] == [True, True], said
+    assert sum("another process cannot read its part, see its log" in one for one in said) <= 1
+
+
+def test_what_one_process_cannot_read_is_refused_by_all(answers):
+    said = answers["one cannot read"]
+    assert [one.startswith("NoUsableCheckpointError: 1 checkpoints under") for one in said] == [True, True], said
+    assert "step-3: refused by another process, see its log\n" in said[0]
+    assert "step-3: OSError: stale file handle\n" in said[1]
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", None)])

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m tests.train.two_processes FOLDER`: checkpoints of two processes with two devices each, for real.
 
-The processes of each stage are forked from this one, which has imported everything and started no jax backend; they
-meet at a port of this machine, and each holds its own shards only. Prints one JSON object: {stage: [an answer from
-each process]}; an answer is what the stage returned, or the error that it ended with.
+The processes are forked from this one, which has imported everything and started no jax backend; they meet at a port of
+this machine, each holds its own shards only, and they go through some stages together. Prints one JSON object: {stage:
+[an answer from each process]}; an answer is what the stage returned, or the error that it ended with.
 Its environment is that of `test_two_processes.py`, which runs it.
 """
 
@@ -11,12 +11,12 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tests.train.checkpointed import describe
 from tests.train.tiny import spoil
-from train import lev
+from train import checkpoint_files, lev
 from train.checkpoint import CheckpointConfig, Checkpoints, restore_latest_or_initialize
+from train.launch_local import free_port
 from train.mesh import create_mesh
 from train.prove_resume import forked, wait_for
 from train.stopping import Stopped, catch_signals
@@ -51,14 +52,40 @@ def make(step: int, mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def save(root: Path, mesh: Mesh) -> str:
-    checkpoints = Checkpoints(root, CheckpointConfig(temporary_minutes=0), metadata=describe)
-    checkpoints.save(make(3, mesh), 3)
+    """Where half a checkpoint is in the way, and process 0 is slow to remove it. And whether steps 9 and 10 would be
+    saved, too, by the clock of process 0."""
+    checkpoints = Checkpoints(root, CheckpointConfig(temporary_minutes=5), metadata=describe)
+    (root / "step-3" / "d").mkdir(parents=True, exist_ok=True)
+    make_room = checkpoint_files.make_room
+    with mock.patch.object(checkpoint_files, "make_room", lambda path: (time.sleep(0.5), make_room(path))):
+        checkpoints.save(make(3, mesh), 3)
     checkpoints.wait()
-    return "saved"
+    checkpoints._last_save -= 0 if jax.process_index() else 3600
+    return f"saved; due: {[checkpoints._temporary_is_due(step) for step in (9, 10)]}"
 
 
 def restore(root: Path, mesh: Mesh) -> str:
-    """Whether every shard that this process holds has the bits that were saved."""
+    """Whether every shard that this process holds has the bits that were saved. Process 1 sees no checkpoint yet, as on
+    a disk that is slow to show what others wrote."""
+    seen = [] if jax.process_index() else checkpoint_files.find_complete([root])
+    with mock.patch.object(checkpoint_files, "find_complete", return_value=seen):
+        return read(root, mesh)
+
+
+def restore_half(root: Path, mesh: Mesh) -> str:
+    """Process 1 cannot read what the other can."""
+
+    def read_metadata(path: str):
+        if jax.process_index():
+            raise OSError("stale file handle")
+        return known(path)
+
+    known = checkpoint_files.read_metadata
+    with mock.patch.object(checkpoint_files, "read_metadata", read_metadata):
+        return read(root, mesh)
+
+
+def read(root: Path, mesh: Mesh) -> str:
     found = jax.eval_shape(values, np.int32(0))
     wanted = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings(mesh)[n]) for n, x in found.items()}
     state, metadata = restore_latest_or_initialize([root], wanted, mesh=mesh, init=dict)
@@ -74,6 +101,7 @@ def restore(root: Path, mesh: Mesh) -> str:
 
 def train(root: Path, mesh: Mesh) -> str:
     """Steps, until a signal ends it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in a shell's background it is ignored
     checkpoints = Checkpoints(root, CheckpointConfig(temporary_minutes=0), metadata=describe)
     with catch_signals():
         try:
@@ -87,33 +115,37 @@ def train(root: Path, mesh: Mesh) -> str:
     return "never stopped"
 
 
-def answer(stage: Callable[[Path, Mesh], str], root: Path, file: Path, processes: int, number: int, port: int) -> None:
+Stage = Callable[[Path, Mesh], str]
+Stages = dict[str, tuple[Stage, Path]]
+
+
+def answer(stages: Stages, file: Path, processes: int, number: int, port: int) -> None:
     if processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"127.0.0.1:{port}", processes, number)
-    mesh = create_mesh(8, model=2)
+    mesh, said = create_mesh(8, model=2), {}
     with jax.set_mesh(mesh):
-        try:
-            said = stage(root, mesh)
-        except Exception as error:
-            said = f"{type(error).__name__}: {error}"
-    file.write_text(said)
+        for name, (stage, root) in stages.items():
+            try:
+                said[name] = stage(root, mesh)
+            except Exception as error:
+                said[name] = f"{type(error).__name__}: {error}"
+    file.write_text(json.dumps(said))
     if processes > 1:
         jax.distributed.shutdown()
 
 
-def run(folder: Path, stage: Callable, root: Path, processes: int, signals: tuple[int, int] | None = None) -> list[str]:
+def run(folder: Path, processes: int, stages: Stages, signals: tuple[int, int] | None = None) -> dict[str, list[str]]:
     """The answers of the processes. signals: (signal, number of the process that gets it), once both are training."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     files = [folder / f"answer-{number}" for number in range(processes)]
     children = [
-        forked(partial(answer, stage, root, file, processes, number, port), folder / f"log-{number}")
+        forked(partial(answer, stages, file, processes, number, port), folder / f"log-{number}")
         for number, file in enumerate(files)
     ]
 
     def training() -> bool:
+        [(_, root)] = stages.values()
         steps = [root / f"process-{number}" for number in range(processes)]
         return all(file.exists() and int(file.read_text() or 0) >= SIGNAL_AFTER for file in steps)
 
@@ -121,33 +153,29 @@ def run(folder: Path, stage: Callable, root: Path, processes: int, signals: tupl
         assert wait_for(children[0], training) is None, (folder / "log-0").read_text()
         os.kill(children[signals[1]], signals[0])
     codes = [wait_for(child) for child in children]
-    logs = [(folder / f"log-{number}").read_text() for number in range(processes)]
-    said = [file.read_text() if code == 0 else f"exit code {code}" for file, code in zip(files, codes, strict=True)]
-    for text, log in zip(said, logs, strict=True):
-        print(text, log, sep="\n", file=sys.stderr)
-    return said
+    for number in range(processes):
+        print((folder / f"log-{number}").read_text(), file=sys.stderr)
+    assert codes == [0] * processes, codes
+    said = [json.loads(file.read_text()) for file in files]
+    return {name: [one[name] for one in said] for name in stages}
 
 
 def main(folder: Path) -> None:
     for name in ("save_checkpoint", "load_checkpoint", "url_to_fs"):
         getattr(lev, name)
-    by_two, by_one, spoiled = (folder / name for name in ("by-two", "by-one", "spoiled"))
-    found = {
-        "two save": run(folder, save, by_two, 2),
-        "one reads theirs": run(folder, restore, by_two, 1),
-        "two read theirs": run(folder, restore, by_two, 2),
-        "one saves": run(folder, save, by_one, 1),
-        "two read its": run(folder, restore, by_one, 2),
-    }
-    shutil.copytree(by_two, spoiled)
-    spoil(spoiled / "step-3", "flipped")
-    found["one reads a flipped bit"] = run(folder, restore, spoiled, 1)
-    found["two read a flipped bit"] = run(folder, restore, spoiled, 2)
+    by_two, by_one, flipped, halved = (folder / name for name in ("by-two", "by-one", "flipped", "halved"))
+    found = run(folder, 1, {"one saves": (save, by_one)})
+    reading: Stages = {"two read theirs": (restore, by_two), "two read its": (restore, by_one)}
+    found |= run(folder, 2, {"two save": (save, by_two), **reading, "one cannot read": (restore_half, by_two)})
+    for copy, how in ((flipped, "flipped"), (halved, "truncated")):
+        shutil.copytree(by_two, copy)
+        spoil(copy / "step-3", how)
+    found |= run(folder, 2, {"two read a flipped bit": (restore, flipped), "two read half a file": (restore, halved)})
     for name, number in (("SIGTERM", 1), ("SIGINT", 0)):
-        root = folder / name
-        root.mkdir()
-        found[name] = run(folder, train, root, 2, (signal.Signals[name], number))
-    found["after SIGTERM"] = run(folder, restore, folder / "SIGTERM", 1)
+        (folder / name).mkdir()
+        found |= run(folder, 2, {name: (train, folder / name)}, (signal.Signals[name], number))
+    reading = {"one reads theirs": (restore, by_two), "one reads a flipped bit": (restore, flipped)}
+    found |= run(folder, 1, reading | {"after SIGTERM": (restore, folder / "SIGTERM")})
     print(json.dumps(found))
 
 
