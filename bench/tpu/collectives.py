@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bench.tpu import arrays, hlo
+from bench.tpu import arrays, hlo, sparse_core
 from bench.tpu.topology import Topology
 
 KINDS = (
@@ -71,7 +71,8 @@ def _count(module: hlo.Module, computation: str, times: float, found: Collective
             found.kinds[collective.kind].payload_bytes += times * collective.payload_bytes
         length = module.trips_of(instruction) if instruction.opcode == "while" else 1
         before = found.count
-        for callee in (*instruction.called("calls", "body"), *instruction.branches()):
+        applied = instruction.called("to_apply") if instruction.opcode in ("call", "call-start") else []
+        for callee in (*instruction.called("calls", "body"), *applied, *instruction.branches()):
             _count(module, callee, times * (1 if length is None else length), found)
         if length is None and found.count > before:
             found.loops_of_unknown_length += 1
@@ -94,11 +95,12 @@ def collective_of(module: hlo.Module, computation: str, instruction: hlo.Instruc
 
 
 def within(module: hlo.Module, computation: str, instruction: hlo.Instruction) -> list[Collective]:
-    """What the instruction sends itself or in the computations that it calls: a fusion, an asynchronous start."""
+    """What the instruction sends itself or in what it calls: a fusion, an asynchronous start, a SparseCore."""
     own = collective_of(module, computation, instruction)
+    on_sparse_core = sparse_core.begun(module, computation, instruction)
     called = [
         collective
-        for callee in instruction.called("calls")
+        for callee in (*instruction.called("calls"), *([on_sparse_core] if on_sparse_core else []))
         for inner in module.computations[callee]
         for collective in within(module, callee, inner)
     ]

@@ -191,7 +191,7 @@ def parse(text: str, trips: Trips | None = None) -> Module:
             current = head[2]
             entry = current if head[1] else entry
             lines = []
-        elif line == "}" and current:
+        elif current and (line == "}" or line.startswith("}, execution_thread=")):
             computations[current] = list(_instructions(lines))
             current = None
         elif current and _INSTRUCTION.match(line):

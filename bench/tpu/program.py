@@ -48,7 +48,8 @@ class Guard:
 class Instruction:
     """opcode: as printed, or with what a comment adds: dma.hbm_to_vmem, shalt.BoundsCheck, sdivrem.kRem.
 
-    operands: without the guard. reads: every scalar and predicate register named, the guard's too.
+    operands: without the guard; of a division with the number of its result, by which it is popped. reads: every scalar
+    and predicate register named, the guard's too.
     never: predicated off for good, "(0)". target: the region that a branch names, or its bundle, None for others.
     """
 
@@ -167,10 +168,13 @@ def _instruction(text: str) -> Instruction:
         arguments = arguments[: found.start()] + arguments[found.end() :]
     arguments = arguments.replace("[thread:$0]", "").strip(" ,\n")
     region, address = _REGION.search(arguments), _ADDRESS.search(arguments)
+    operands = _operands(opcode, arguments)
+    if opcode.startswith("sdivrem") and result:
+        operands += ((int(result),),)
     return Instruction(
         opcode=opcode,
         dest=_register(result) if result and _REGISTER.fullmatch(result) else None,
-        operands=_operands(opcode, arguments),
+        operands=operands,
         guard=guard,
         reads=reads,
         never=arguments.startswith("(0)"),

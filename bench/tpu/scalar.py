@@ -45,14 +45,13 @@ class Machine:
 
     def __init__(self, core: Core, tables: Mapping[int, np.ndarray], spaces: Mapping[int, str]):
         self.cycle = 0
-        self.remainders: deque[int] = deque()  # of divisions, until they are popped
+        self.remainders: dict[int, int] = {}  # of divisions, by the number of the result
         self._spaces = spaces
         self.memory: dict[int, int] = {}
         self.pending = -1  # address of the branch taken, while its delay slots issue
         self.tables = tables
         self.missing: set[int] = set()
         self.failed_checks: Counter[int] = Counter()
-        self.unmatched_pops = 0  # of remainders that no division had left
         self.dmas = self.dma_wait_cycles = self.hbm_bytes = 0
         self._bytes_per_cycle = core.hbm_bytes_per_second * HBM_EFFICIENCY / core.clock_hz
         self._latency_cycles = HBM_LATENCY_SECONDS * core.clock_hz
@@ -66,13 +65,6 @@ class Machine:
             self.missing.add(index)
             return 0
         return int(self.tables[index][0])
-
-    def pop_remainder(self) -> int:
-        """Of the oldest division; 0 where there was none that this reader understood."""
-        if self.remainders:
-            return self.remainders.popleft()
-        self.unmatched_pops += 1
-        return 0
 
     def start_dma(self, direction: str, source: int, granules: int, destination: int, semaphore: int) -> None:
         """All transfers from and to HBM share its bandwidth, in order of issue; arrivals are counted on `semaphore`."""
@@ -204,8 +196,6 @@ class Executable:
     def _warnings(self, machine: Machine, executed: int, complete: bool):
         for opcode, count in self.unknown.items():
             yield f"{count} {opcode} not understood, taken as 0"
-        if machine.unmatched_pops:
-            yield f"{machine.unmatched_pops} remainders popped without a division before them, taken as 0"
         if machine.failed_checks:
             address, count = machine.failed_checks.most_common(1)[0]
             yield (

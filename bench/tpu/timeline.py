@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.tpu import arrays, collectives, dump, hlo, kernel, scalar
+from bench.tpu import arrays, collectives, dump, hlo, kernel, scalar, sparse_core
 from bench.tpu.collectives import Collective
 from bench.tpu.core import Core
 from bench.tpu.topology import Topology
@@ -16,13 +16,10 @@ from bench.tpu.topology import Topology
 # Values of scalar operands that are data at run time: (part of the kernel's name, index of the operand) -> array.
 ScalarOperands = Mapping[tuple[str, int], np.ndarray]
 
-_NO_WORK = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id"}
-# A call is one to a SparseCore. XLA gives it conversions of layouts, which move every byte; of its other calls
-# (gathers, scatters) it is not known what they move. What is called stands at call-start, its operands at call-update.
-_FORMATTING = "OFFLOAD_DATA_FORMATTING"
-SPARSE_CORE = "call to a SparseCore"  # so a note names those
+_NO_WORK = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "call-start"}
+SPARSE_CORE = "call to a SparseCore"  # so a note names those of which it is not known what they move
 _CONTROL = {"while", "call", "conditional"}
-_STARTS = {"copy-start", "slice-start", "async-start", "call-update"}
+_STARTS = {"copy-start", "slice-start", "async-start"}
 _DONES = {"copy-done", "slice-done", "async-done", "call-done"}
 
 
@@ -108,7 +105,6 @@ class Reader:
         self._counts: dict[str, kernel.Count] = {}
         self._kernels: list[Kernel] = []
         self._transfers: list[Transfer] = []
-        self._unknown: set[str] = set()  # what is called on a SparseCore and moves nobody knows what
         self._copied = self._waited = 0.0
         self._without: Counter[str] = Counter()
 
@@ -147,7 +143,7 @@ class Reader:
                 clock, self._waited = clock + waited, self._waited + times * waited
             elif sent:
                 links_free = max(clock, links_free) + self._ms(sent)
-                if instruction.opcode.endswith("-start"):
+                if instruction.opcode.endswith("-start") or instruction.opcode == "call-update":
                     started[instruction.name] = links_free, instruction, sent
                 else:
                     self._transfer(instruction, sent, times, scope, links_free - clock)
@@ -157,7 +153,7 @@ class Reader:
                 self._transfer(start, sent, times, self._scope(start, around), max(0.0, finished - clock))
                 clock = max(clock, finished)
             else:
-                clock += self._copy(instruction, times, copies)
+                clock += self._copy(computation, instruction, times, copies)
         for finished, start, sent in started.values():  # done in the next round of the loop
             self._transfer(start, sent, times, self._scope(start, around), max(0.0, finished - clock))
             clock = max(clock, finished)
@@ -225,25 +221,22 @@ class Reader:
             )
         )
 
-    def _copy(self, instruction: hlo.Instruction, times: float, copies: _Copies) -> float:
+    def _copy(self, computation: str, instruction: hlo.Instruction, times: float, copies: _Copies) -> float:
         """Milliseconds that one call is waited for."""
-        if instruction.opcode in _STARTS and instruction.operands[0] in self._unknown:
+        opcode, moved = instruction.opcode, None
+        if called := sparse_core.begun(self._module, computation, instruction):
+            opcode, moved = SPARSE_CORE, sparse_core.moved_bytes(self._module, called)
+        elif opcode in _STARTS or opcode == "copy":
+            moved = arrays.moved_bytes(opcode, instruction.shape)
+        if moved is None:
+            if opcode not in _NO_WORK:
+                self._without[opcode] += times  # pyright: ignore[reportArgumentType]  # an average of trips
             return 0.0
-        if instruction.opcode == "call-start":
-            if _FORMATTING not in instruction.rest:
-                self._unknown.add(instruction.name)
-                self._without[SPARSE_CORE] += times  # pyright: ignore[reportArgumentType]  # an average
-            return 0.0
-        if instruction.opcode in _STARTS or instruction.opcode == "copy":
-            moved = arrays.moved_bytes(instruction.opcode, instruction.shape)
-            self._copied += times * moved
-            copies.start(instruction.name, 1e3 * moved / self._bandwidth)
-            waited = copies.wait(instruction.name) if instruction.opcode == "copy" else 0.0
-            self._waited += times * waited
-            return waited
-        if instruction.opcode not in _NO_WORK:
-            self._without[instruction.opcode] += times  # pyright: ignore[reportArgumentType]  # an average of trips
-        return 0.0
+        self._copied += times * moved
+        copies.start(instruction.name, 1e3 * moved / self._bandwidth)
+        waited = copies.wait(instruction.name) if opcode == "copy" else 0.0
+        self._waited += times * waited
+        return waited
 
     def _kernel(
         self, instruction: hlo.Instruction, times: float, scope: str, dumped: str, files: dump.KernelFiles

@@ -40,6 +40,7 @@ _EXPRESSIONS = {
     "scalar_lea": "{0} + {1}",
     "ssub": "{0} - {1}",
     "smul": "wrap({0} * {1})",
+    "smulhi.u32": "wrap(unsigned({0}) * unsigned({1}) >> 32)",
     "sand": "{0} & {1}",
     "sor": "{0} | {1}",
     "sxor": "{0} ^ {1}",
@@ -164,7 +165,10 @@ class Translator:
         if opcode.startswith("dma."):
             return self._dma(opcode, values)
         if opcode == "sdivrem.kRem":
-            return _Do(f"M.remainders.append(unsigned({values[0]}) % ({values[1]}))")
+            return _Do(f"M.remainders[{values[2]}] = unsigned({values[0]}) % ({values[1]})")
+        if opcode.startswith("sdivrem"):
+            self.unknown[opcode] += 1
+            return None
         if opcode == "sst":
             return _Do(f"memory[{values[0]}] = {values[1]}")
         if instruction.dest is None:
@@ -184,7 +188,7 @@ class Translator:
         if opcode == "sld":
             return f"memory.get({values[0]}, 0)"
         if opcode == "spop.drf":
-            return "M.pop_remainder()"
+            return f"M.remainders.get({values[0]}, 0)"  # a division that was not done has a result that nobody reads
         if opcode == "reloc" or base == "int_to_ptr":
             return values[0]
         if base == "inlined_call_operand":

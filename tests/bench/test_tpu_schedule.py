@@ -144,17 +144,22 @@ def test_a_copy_is_waited_for_where_kernels_leave_it_no_time(dumped, words, done
 
 def test_a_conversion_on_a_sparse_core_is_waited_for(dumped):
     """XLA gives changes of layout to SparseCores; nothing runs beside this one."""
-    call = """  %format.call-start = ((), (), s32[]{:S(2)}) call-start(), offload="OFFLOAD_DATA_FORMATTING"
+    call = """  %format.call-start = ((), (), s32[]{:S(2)}) call-start(), to_apply=%format
   %format.call-update = ((f32[1000]{0}), f32[1000]{0}) call-update(%format.call-start, %x.1)
   %format.call-done = f32[1000]{0} call-done(%format.call-update)
 """
-    module = HLO.replace("  ROOT", call + "  ROOT")
+    called = """%format (x: f32[1000]) -> f32[1000] {
+  %x = f32[1000]{0} parameter(0)
+  ROOT %copy = f32[1000]{0} copy(%x)
+}, execution_thread="sparsecore"
+
+"""
+    module = HLO.replace("  ROOT", call + "  ROOT").replace("ENTRY", called + "ENTRY")
     result = schedule.read(tpu_cases.record("v6e"), program(module, dumped.compiled.directory))
     seconds = 2 * 4000 / (CORE.hbm_bytes_per_second * scalar.HBM_EFFICIENCY)
     assert result.copy_wait_ms == pytest.approx(1e3 * seconds)
     assert not any("SparseCore" in note for note in result.notes)
-    # Of a gather or scatter there it is not known what it moves.
-    module = module.replace("OFFLOAD_DATA_FORMATTING", "OFFLOAD_GATHER_SCATTER")
+    module = module.replace("copy(%x)", "sort(%x)")
     result = schedule.read(tpu_cases.record("v6e"), program(module, dumped.compiled.directory))
     assert result.copy_wait_ms == 0
     assert "counted as nothing: 1 call to a SparseCore" in result.table()

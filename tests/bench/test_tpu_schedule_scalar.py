@@ -165,14 +165,26 @@ def test_a_guard_decides_whether_a_register_or_memory_changes(guard, answer):
     assert len(machine.memory) == (2 if answer else 0)
 
 
-def test_a_remainder_of_no_division_is_zero_with_a_warning():
-    trace = prepare("{ %s1_s4 = spop.drf %7 }").run(CORE)
-    assert trace.warnings == ("1 remainders popped without a division before them, taken as 0",)
-
-
 def test_a_remainder_arrives_where_it_is_popped():
-    scalars, *_ = final_state("{ %7 = sdivrem.u32 14, 3 /* kRem */ }", "{ %s1_s4 = spop.drf %7 }")
-    assert scalars[4] == 2
+    """Two divisions under way, one of which is not done: each remainder is its own division's."""
+    scalars, *_ = final_state(
+        "{ %p1_p1 = scmp.eq.s32.totalorder 3, 4 }",
+        "{ %7 = sdivrem.u32 (%p1_p1), 14, 5 /* kRem */ }",
+        "{ %8 = sdivrem.u32 14, 3 /* kRem */ }",
+        "{ %s1_s4 = spop.drf %7 }",
+        "{ %s2_s5 = spop.drf %8 }",
+    )
+    assert scalars[4:6] == [0, 2]
+
+
+def test_a_division_that_is_not_asked_for_its_remainder_is_told_of():
+    trace = prepare("{ %7 = sdivrem.u32 14, 3 }", "{ %s1_s4 = spop.drf %7 }").run(CORE)
+    assert trace.warnings == ("1 sdivrem.u32 not understood, taken as 0",)
+
+
+def test_the_upper_half_of_a_product():
+    scalars, *_ = final_state("{ %s1_s1 = smov 4294967295 }", "{ %s2_s2 = smulhi.u32 %s1_s1, 6 }")
+    assert scalars[2] == 5
 
 
 COUNT_TO_FIVE = (

@@ -27,6 +27,17 @@ HEAD = """HloModule m, is_scheduled=true
 }
 
 """
+ON_SPARSE_CORE = """%sends (p: f32[262144]) -> f32[1048576] {{
+  %p = f32[262144]{{0}} parameter(0)
+  ROOT %sent = f32[1048576]{{0}} all-gather(%p), replica_groups=[1,4]<=[4]
+}}, execution_thread="sparsecore"
+
+%sorts (p: f32[262144]) -> f32[262144] {{
+  %p = f32[262144]{{0}} parameter(0)
+  ROOT %sorted = f32[262144]{{0}} sort(%p)
+}}, execution_thread="sparsecore"
+
+"""
 PARAMETERS = """
   %x = f32[192,128]{1,0:T(8,128)} parameter(0)
   %table = s32[6]{0:T(128)} parameter(1)
@@ -36,6 +47,9 @@ KERNEL = '  %gather.{0} = f32[192,128]{{1,0}} custom-call(%table, %x), custom_ca
 START = """  %start.{0} = (f32[262144]{{0}}, f32[1048576]{{0}}) all-gather-start(%part), replica_groups=[1,4]<=[4]
 """
 DONE = "  %done.{0} = f32[1048576]{{0}} all-gather-done(%start.{0})\n"
+CALL = '  %call = ((), (), s32[]{{:S(2)}}) call-start(), async_execution_thread="sparsecore", to_apply=%sends\n'
+UPDATE = "  %update = ((f32[262144]{{0}}), f32[1048576]{{0}}) call-update(%call, %part)\n"
+CALL_DONE = "  %called = f32[1048576]{{0}} call-done(%update)\n"
 NOW = "  %now = f32[1048576]{{0}} all-gather(%part), replica_groups=[1,4]<=[4]\n"
 
 
@@ -102,6 +116,22 @@ def test_kernels_before_the_start_and_after_the_end_hide_nothing(read):
 
 def test_two_at_once_share_the_links(read):
     assert read(entry(KERNEL, START, START, DONE, DONE)).exposed_ms == pytest.approx(2 * GATHER_MS)
+
+
+def test_a_sparse_core_sends_from_where_it_is_given_what_to_send(read):
+    result = read(ON_SPARSE_CORE.format() + entry(CALL, KERNEL, UPDATE, KERNEL, KERNEL, CALL_DONE, KERNEL))
+    (transfer,) = result.transfers
+    assert (transfer.kind, transfer.payload_bytes) == ("all-gather", 4 * 2**20)
+    assert result.exposed_ms == pytest.approx(GATHER_MS - 2 * KERNEL_MS)
+    assert result.copy_wait_ms == 0
+    assert not result.doubts
+
+
+def test_what_a_sparse_core_does_that_is_not_known_makes_the_time_doubtful(read):
+    sorts = entry(CALL.replace("%sends", "%sorts"), UPDATE, KERNEL, CALL_DONE)
+    result = read(ON_SPARSE_CORE.format() + sorts)
+    assert result.predicted_ms == pytest.approx(KERNEL_MS)
+    assert result.doubts == ["what SparseCores send or move is counted as nothing"]
 
 
 def test_a_loop_repeats_what_is_exposed_in_one_round(read):
