@@ -13,6 +13,7 @@ class Core:
     num_matrix_units, matrix_width: the systolic arrays, matrix_width x matrix_width each.
     rows_per_cycle: rows of 16-bit numbers that one matrix unit takes in per cycle.
     branch_delay_slots: bundles that still issue after a branch, whichever way it goes; read off the region markers.
+    fills_slots: whether one empty bundle stands for all the slots that are left.
     """
 
     chip: chips.Chip
@@ -20,6 +21,7 @@ class Core:
     matrix_width: int
     rows_per_cycle: int
     branch_delay_slots: int
+    fills_slots: bool
 
     @property
     def flops_per_cycle(self) -> int:
@@ -50,12 +52,12 @@ _TPUS = {chip.name: chip for chip in chips.TPUS}
 # Geometry: jax-ml.github.io/scaling-book (four 128 x 128 units up to v5p, two 256 x 256 from v6e on). A 256-wide unit
 # takes two rows per cycle: with one, 918 TFLOP/s would need a clock of 3.5 GHz.
 CORES = {
-    #                chip         units width rows branch slots
-    "v4": Core(_TPUS["v4"], 4, 128, 1, 4),
-    "v5e": Core(_TPUS["v5e"], 4, 128, 1, 4),
-    "v5p": Core(_TPUS["v5p"], 4, 128, 1, 4),
-    "v6e": Core(_TPUS["v6e"], 2, 256, 2, 4),
-    "tpu7x": Core(_TPUS["tpu7x"], 2, 256, 2, 6),
+    #                chip         units width rows branch slots, filled
+    "v4": Core(_TPUS["v4"], 4, 128, 1, 4, False),
+    "v5e": Core(_TPUS["v5e"], 4, 128, 1, 4, False),
+    "v5p": Core(_TPUS["v5p"], 4, 128, 1, 4, False),
+    "v6e": Core(_TPUS["v6e"], 2, 256, 2, 4, False),
+    "tpu7x": Core(_TPUS["tpu7x"], 2, 256, 2, 6, True),
 }
 
 

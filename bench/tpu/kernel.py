@@ -85,7 +85,7 @@ class Count:
 def count(files: KernelFiles, core: Core, tables: Mapping[int, np.ndarray] | None = None) -> Count:
     """Executes the kernel in `files`. tables: see `scalar.Machine`; `hlo.pack_words` makes them."""
     parsed = program.parse(files.bundles)
-    blocks = program.basic_blocks(parsed, core.branch_delay_slots)
+    blocks = program.basic_blocks(parsed, core.branch_delay_slots, core.fills_slots)
     trace = scalar.prepare(parsed, blocks, units.block_stalls(parsed, blocks, core)).run(core, tables)
     use = units.parse_utilization(files.utilization)
     if len(use.used) != len(parsed.bundles):

@@ -81,17 +81,20 @@ class Block:
 
     branch: address of the branch that leaves at stop, having issued its delay slots, or None; it may lie in a block
     before this one. target: position of the block that it goes to; the number of blocks means the end of the kernel.
+    fill: cycles that the last bundle takes beyond its own: empty, it stands for so many more delay slots.
     """
 
     start: int
     stop: int
     branch: int | None
     target: int | None
+    fill: int = 0
 
 
 @dataclass(frozen=True)
 class Program:
-    """bundles: by address. regions: number of a region -> address where it begins.
+    """bundles: by address. regions: number of a region -> address where it begins. ends: address -> regions that end
+    there.
 
     A region without a marker of its own is empty: it lies behind the end of the one numbered before it, whose body a
     branch to it skips. That may be the end of the program.
@@ -99,6 +102,7 @@ class Program:
 
     bundles: tuple[Bundle, ...]
     regions: dict[int, int]
+    ends: dict[int, list[int]]
 
 
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2}[ ,]*)*:\s*((?:>\s*)*)\{", re.M)
@@ -127,15 +131,17 @@ def parse(text: str) -> Program:
     bundles: list[Bundle] = []
     starts: dict[int, int] = {}
     behind: dict[int, int] = {}
+    ends: dict[int, list[int]] = {}
     for address, head in enumerate(heads):
         if int(head[1], 16) != address:
             raise ValueError(f"bundle {address:#x} is missing: {head[1]} is printed in its place.")
         stop = heads[address + 1].start() if address + 1 < len(heads) else len(text)
         body = text[head.end() : stop]
         starts |= {int(region): address for region in _REGION_START.findall(body)}
-        behind |= {int(region) + 1: address + 1 for region in _REGION_END.findall(body)}
+        ends[address] = [int(region) for region in _REGION_END.findall(body)]
+        behind |= {region + 1: address + 1 for region in ends[address]}
         bundles.append(Bundle(tuple(_instructions(body)), head[2].count(">")))
-    return Program(tuple(bundles), behind | starts)
+    return Program(tuple(bundles), behind | starts, ends)
 
 
 def _instructions(body: str) -> Iterable[Instruction]:
@@ -220,8 +226,11 @@ def _term(match: re.Match[str]) -> Register | Allocation | int:
     return value - 2**32 if value >= 2**31 else value  # printed unsigned, meant as two's complement
 
 
-def basic_blocks(program: Program, branch_delay_slots: int) -> list[Block]:
-    """The program cut where branches arrive and where, `branch_delay_slots` bundles after a branch, they leave."""
+def basic_blocks(program: Program, branch_delay_slots: int, filled: bool = False) -> list[Block]:
+    """The program cut where branches arrive and where, `branch_delay_slots` bundles after a branch, they leave.
+
+    filled: an empty bundle may stand for all the slots that are left.
+    """
     end = len(program.bundles)
     branches = {
         address: _target(program, address, instruction)
@@ -229,13 +238,39 @@ def basic_blocks(program: Program, branch_delay_slots: int) -> list[Block]:
         for instruction in bundle.instructions
         if instruction.is_branch
     }
-    leaving = {address + branch_delay_slots + 1: address for address in branches}
+    leaving: dict[int, tuple[int, int]] = {}  # stop -> branch, fill
+    for address in sorted(branches, reverse=True):
+        whole = address + branch_delay_slots
+        last = _last_slot(program, address, branch_delay_slots) if filled else whole
+        stop, fill = last + 1, whole - last
+        while stop in leaving:  # branches share the bundle that fills their slots: the earlier ones leave before it
+            stop, fill = stop - 1, 0
+        leaving[stop] = address, fill
     starts = sorted(start for start in {0, *branches.values(), *leaving} if start < end)
     index = {start: position for position, start in enumerate(starts)} | {end: len(starts)}
     return [
-        Block(start, stop, leaving.get(stop), index[branches[leaving[stop]]] if stop in leaving else None)
+        Block(start, stop, branch, target=None if branch is None else index[branches[branch]], fill=fill)
         for start, stop in zip(starts, [*starts[1:], end], strict=True)
+        for branch, fill in [leaving.get(stop, (None, 0))]
     ]
+
+
+def _last_slot(program: Program, branch: int, slots: int) -> int:
+    """Of the bundles that still issue after the branch: the first that is empty, alone, and behind which no region ends
+    that the branch is in; an empty bundle before that waits for a register."""
+    last = min(branch + slots, len(program.bundles) - 1)
+    empty = [not bundle.instructions for bundle in program.bundles[branch : last + 2]] + [False]
+    around = [
+        address
+        for address in range(branch + 1, last + 1)
+        for region in program.ends[address]
+        if program.regions.get(region, 0) <= branch
+    ]
+    for address in range(max(around, default=branch + 1), last):
+        before, here, after = empty[address - branch - 1 : address - branch + 2]
+        if here and not before and not after:
+            return address
+    return branch + slots
 
 
 def _target(program: Program, address: int, branch: Instruction) -> int:

@@ -45,6 +45,7 @@ _EXPRESSIONS = {
     "sor": "{0} | {1}",
     "sxor": "{0} ^ {1}",
     "sshll": "shift_left({0}, {1})",
+    "sshllo.u32": "wrap(shift_left({0}, {1}) | shift_left(1, {1}) - 1)",  # ones move in
     "sshra": "{0} >> {1}",
     "sshrl": "unsigned({0}) >> {1}",
     "smax": "max({0}, {1})",
@@ -123,6 +124,7 @@ class Translator:
                 told = cycle
             lines += _statements(sets, effects)
             cycle += 1
+        interlock, cycle = interlock + block.fill, cycle + block.fill
         lines.append(f"M.cycle += {cycle - told}")
         if block.branch is not None:
             lines += [f"if M.pending == {block.branch}:", "    M.pending = -1", f"    return {block.target}"]

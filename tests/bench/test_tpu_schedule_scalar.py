@@ -187,6 +187,12 @@ def test_the_upper_half_of_a_product():
     assert scalars[2] == 5
 
 
+@pytest.mark.parametrize(("number", "answer"), [(0, 0b111), (2, 0b10111), (-1, -1)])
+def test_a_shift_that_brings_in_ones(number, answer):
+    scalars, *_ = final_state(f"{{ %s1_s1 = smov {number} }}", "{ %s2_s2 = sshllo.u32 %s1_s1, 3 }")
+    assert scalars[2] == answer
+
+
 COUNT_TO_FIVE = (
     "{ %s1_s0 = smov 0 }",
     "{ %s2_s0 = sadd.s32 1, %s2_s0 } /* Start region 1 */",
@@ -219,6 +225,56 @@ def test_a_branch_in_the_delay_slots_of_a_taken_branch_does_nothing():
     not_taken = prepare("{ %p1_p0 = scmp.eq.s32.totalorder 0, 1 }", "{}", *bundles).run(CORE)
     taken = prepare("{ %p1_p0 = scmp.eq.s32.totalorder 0, 0 }", "{}", *bundles).run(CORE)
     assert taken.bundles - not_taken.bundles == 1  # enters region 1 (two bundles), leaves one slot sooner
+
+
+def blocks_of_a_tpu7x(*bundles: str) -> list[program.Block]:
+    """Of a branch, which has six slots, and `bundles` behind it."""
+    branch = "{ %1 = sbr.rel (%p1_p0) target = $region9 } /* Start region 1 */"
+    whole = program.parse(listing(branch, *bundles, *["{ %s9_s9 = smov 9 }"] * 9, "{} /* Start region 9 */"))
+    return program.basic_blocks(whole, branch_delay_slots=6, filled=True)
+
+
+SLOT = "{ %s1_s1 = smov 1 }"
+
+
+@pytest.mark.parametrize(
+    ("bundles", "last", "fill"),
+    [
+        (["{}", SLOT], 1, 5),  # one for all six
+        ([SLOT, SLOT, "{}", SLOT], 3, 3),
+        ([SLOT] * 6, 6, 0),
+        (["{}"] * 6, 6, 0),  # in programs of collectives every bundle is written
+        ([SLOT, "{}", "{}", SLOT, SLOT, SLOT], 6, 0),
+        (["{}", SLOT, "{}", SLOT + " /* End region 1 */", "{}", SLOT], 5, 1),  # the first two wait for registers
+        (["{}", SLOT, SLOT + " /* Start region 2 */", SLOT, SLOT + " /* End region 2 */", SLOT], 1, 5),
+    ],
+)
+def test_an_empty_bundle_of_a_tpu7x_stands_for_the_slots_that_are_left(bundles, last, fill):
+    first, second, *_ = blocks_of_a_tpu7x(*bundles)
+    assert (first.stop, first.fill, first.branch) == (last + 1, fill, 0)
+    assert (second.start, second.branch) == (last + 1, None)
+
+
+def test_of_two_branches_that_share_their_slots_the_first_leaves_before_what_fills_them():
+    first, second, *_ = blocks_of_a_tpu7x("{ %2 = sbr.rel (%p1_p1) target = $region9 }", SLOT, "{}", SLOT)
+    assert (first.stop, first.branch, first.fill) == (3, 0, 0)
+    assert (second.stop, second.branch, second.fill) == (4, 1, 4)
+
+
+def test_the_slots_that_are_left_take_their_cycles():
+    core = core_of("tpu7x")
+    loop = ["{ %s1_s0 = sadd.s32 1, %s1_s0 } /* Start region 1 */", "{ %p1_p0 = scmp.lt.s32.totalorder %s1_s0, 3 }"]
+    branch = [
+        "{ %9 = sbr.rel (%p1_p0) target = $region1 }",
+        "{}",
+        "{ %s2_s0 = sadd.s32 7, %s1_s0 } /* Start region 2 */",
+    ]
+    parsed = program.parse(listing("{ %s1_s0 = smov 0 }", *loop, *branch, "{}"))
+    blocks = program.basic_blocks(parsed, core.branch_delay_slots, core.fills_slots)
+    trace = scalar.prepare(parsed, blocks, [{}] * len(blocks)).run(core)
+    assert list(trace.runs) == [1, 3, 1]  # with six slots the next region would add to the counter
+    assert trace.interlock_cycles == 3 * (1 + 5)  # for the predicate, and five slots more
+    assert trace.total_cycles == trace.bundles + trace.interlock_cycles
 
 
 def test_a_wait_lasts_until_the_transfer_has_arrived():
