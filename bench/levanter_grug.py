@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
+from jax.sharding import PartitionSpec as P
+from jax.sharding import reshard
 
 from grug_kernels.attention import AttentionMask
 
@@ -29,7 +31,12 @@ def attention(q, k, v, mask, *, implementation: Any):
     from levanter.grug.attention import attention as levanter_attention
 
     levanter_mask = AttentionMask.causal().with_segment_ids(mask.segment_ids)
-    return levanter_attention(q, k, v, levanter_mask, implementation=implementation)
+    if jax.sharding.get_abstract_mesh().empty:
+        return levanter_attention(q, k, v, levanter_mask, implementation=implementation)
+    # Levanter's splash attention refuses an axis of positions, even one of a single device, which it is here.
+    spec = jax.typeof(q).sharding.spec
+    q, k, v = (reshard(x, P(spec[0], None, *spec[2:])) for x in (q, k, v))
+    return reshard(levanter_attention(q, k, v, levanter_mask, implementation=implementation), spec)
 
 
 def linear_cross_entropy(hidden, lm_head, labels, *, weight, z_loss_weight, implementation: Any):
