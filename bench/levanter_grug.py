@@ -60,7 +60,9 @@ class ArrayStacked:
         from levanter.layers.stacked import ArrayStacked as LevanterStacked
 
         class Stacked(LevanterStacked):
-            def fold(self, carry: Any, *shared: Any, remat: str) -> Any:
+            def fold(self, carry: Any, *shared: Any, remat: str, prefetch: None = None) -> Any:
+                if prefetch is not None:
+                    raise ValueError("levanter_grug.ArrayStacked: Levanter's stack has no prefetch; leave it out.")
                 policies = {"none": False, "full": True}
                 if remat not in policies:
                     raise ValueError(

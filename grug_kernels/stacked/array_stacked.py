@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from grug_kernels.stacked.prefetch import fold_ahead
 from grug_kernels.stacked.remat import Policy
 from grug_kernels.stacked.scan import Layer, scan_layers
 
@@ -55,17 +56,41 @@ class ArrayStacked[Block]:
         return init_layers
 
     def fold(
-        self, carry: Any, *shared: Any, per_layer: Any = None, remat: str | Policy = "none", unroll: int = 1
+        self,
+        carry: Any,
+        *shared: Any,
+        per_layer: Any = None,
+        remat: str | Policy = "none",
+        unroll: int = 1,
+        prefetch: Callable[[Any], Any] | None = None,
     ) -> Any:
         """carry = block_i(carry, *shared[, per_layer[i]]) for every layer i in turn; returns the last carry.
 
-        As `scan`, for blocks that return the carry alone.
+        As `scan`, for blocks that return the carry alone. prefetch: block -> the block that is called in its place, its
+        weights gathered from other devices; it is made while the layer before it works, forward and backward. Takes
+        remat="full", blocks of one type, and integers alone as `shared` and `per_layer`.
+
+        Raises:
+          ValueError: as `scan`; prefetch with what it does not take.
         """
 
         def layer(carry: Any, block: Any, extras: tuple[Any, ...]) -> tuple[Any, None]:
             return block(carry, *shared, *extras), None
 
-        return self._scan(layer, carry, per_layer, remat, unroll)[0]
+        if prefetch is None:
+            return self._scan(layer, carry, per_layer, remat, unroll)[0]
+        if remat != "full" or unroll != 1 or len(self._segments) > 1:
+            raise ValueError(
+                f"ArrayStacked: prefetch is for one block type, remat='full' and unroll=1, not {len(self._segments)},"
+                f" {remat!r} and {unroll}. Leave it out, or change these."
+            )
+        self._check(per_layer)
+
+        def with_extras(carry: Any, block: Any, shared: tuple[Any, ...], extras: Any) -> Any:
+            return block(carry, *shared, *(() if per_layer is None else (extras,)))
+
+        with jax.named_scope("stacked_layers"):
+            return fold_ahead(with_extras, carry, self.stacked, shared, per_layer, prefetch)
 
     def scan(
         self,
@@ -110,10 +135,13 @@ class ArrayStacked[Block]:
 
     @jax.named_scope("stacked_layers")
     def _scan(self, layer: Layer, carry: Any, per_layer: Any, remat: str | Policy, unroll: int) -> tuple[Any, Any]:
+        self._check(per_layer)
+        return scan_layers(layer, carry, self._segments, per_layer, remat=remat, unroll=unroll)
+
+    def _check(self, per_layer: Any) -> None:
         for path, leaf in jax.tree_util.tree_leaves_with_path(per_layer):
             if not leaf.ndim or leaf.shape[0] != self.num_layers:
                 raise ValueError(
                     f"ArrayStacked: per_layer{jax.tree_util.keystr(path)} has shape {leaf.shape}, but there are"
                     f" num_layers={self.num_layers} layers; its leading axis must be {self.num_layers}."
                 )
-        return scan_layers(layer, carry, self._segments, per_layer, remat=remat, unroll=unroll)

@@ -26,7 +26,7 @@ def scan_layers(
     types = len(segments)
 
     def sliced_layer(carry: Any, block: Any, extras: tuple[Any, ...]) -> tuple[Any, Any]:
-        return layer(carry, jax.tree.map(_as_sliced, block), extras)
+        return layer(carry, jax.tree.map(as_sliced, block), extras)
 
     kept = rematerialised(sliced_layer, remat, in_scan=True)
 
@@ -73,7 +73,7 @@ def _scan_groups(body: Callable[..., Any], carry: Any, xs: Any, *, unroll: int) 
     return carry, jax.tree.map(_merge_leading, outputs)
 
 
-def _as_sliced(leaf: jax.Array) -> jax.Array:
+def as_sliced(leaf: jax.Array) -> jax.Array:
     """A float32 parameter of one layer, as it is. Where layers only read it as bfloat16, XLA for TPUs would cast all
     layers of it in front of the loop and keep both; it does not look through integers. Nor should it turn all layers
     into the layout that a matmul likes best: a layer is turned where it is used."""

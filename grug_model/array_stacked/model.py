@@ -10,6 +10,7 @@ each is gathered over FSDP where it is used, activations are split over batch an
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import equinox as eqx
@@ -46,11 +47,13 @@ class GrugModelConfig:
     compute_dtype: str = "bfloat16"
     # What a layer keeps for the backward pass, from the most memory to the least: grug_kernels/stacked/remat.py.
     remat: Literal["none", "save_matmuls", "save_attention", "full", "nested", "offload"] = "full"
+    # Whether weights of the next layer are gathered while a layer works, which hides them on a TPU7x; for remat "full".
+    prefetch: bool = False
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             size = getattr(self, field.name)
-            if isinstance(size, int | float) and size <= 0:
+            if type(size) in (int, float) and size <= 0:
                 raise ValueError(f"GrugModelConfig: {field.name}={size}; sizes are positive.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -60,6 +63,10 @@ class GrugModelConfig:
         if self.head_dim % 2:
             raise ValueError(
                 f"GrugModelConfig: head_dim={self.head_dim} is odd; rotary positions turn pairs of numbers."
+            )
+        if self.prefetch and self.remat != "full":
+            raise ValueError(
+                f"GrugModelConfig: prefetch takes remat='full', not {self.remat!r}; set it, or leave it out."
             )
         if self.compute_dtype not in ("bfloat16", "float32"):
             raise ValueError(f"GrugModelConfig: compute_dtype={self.compute_dtype!r}; choose bfloat16 or float32.")
@@ -231,6 +238,16 @@ class Block(eqx.Module):
         return x + self.mlp(self.mlp_norm(x)), cache
 
 
+def gathered(block: Block, dtype: str) -> Block:
+    """Its matrices as its layer uses them: in the compute type, whole but for what "model" splits."""
+
+    def whole(weight: Array) -> Array:
+        spec = P(*(None if axis == FSDP else axis for axis in jax.typeof(weight).sharding.spec))
+        return weight if weight.ndim == 1 else jax.reshard(weight.astype(dtype), spec)
+
+    return jax.tree.map(whole, block)
+
+
 class Transformer(eqx.Module):
     token_embed: Float[Array, "vocab_size hidden_dim"]
     blocks: ArrayStacked[Block]
@@ -262,7 +279,8 @@ class Transformer(eqx.Module):
             )
         x = self._embed(jax.reshard(tokens, P(BATCH, "context")))
         seen = mask.intervals(batch, seq_len, seq_len)  # once for all layers
-        x = self.blocks.fold(x, seen, remat=self.config.remat)
+        ahead = partial(gathered, dtype=self.config.compute_dtype) if self.config.prefetch else None
+        x = self.blocks.fold(x, seen, remat=self.config.remat, prefetch=ahead)
         return self.final_norm(x)
 
     def empty_cache(self, batch: int, length: int) -> Cache:

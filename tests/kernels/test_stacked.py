@@ -83,6 +83,52 @@ def test_fold_is_one_layer_after_the_other_forward_and_backward(remat, types, un
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+def tripled(block):
+    """In place of gathering: something whose gradient is to be taken too."""
+    return jax.tree.map(lambda weight: 3 * weight, block)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 12])
+@pytest.mark.parametrize("with_gains", [True, False])
+def test_a_layer_made_ahead_is_that_layer_forward_and_backward(num_layers, with_gains):
+    blocks, shift = stack(num_layers), jnp.int32(2)
+    gains = jnp.arange(1, num_layers + 1) if with_gains else None
+
+    def ahead(blocks, x):
+        return (blocks.fold(x, shift, per_layer=gains, remat="full", prefetch=tripled) ** 2).sum()
+
+    def in_turn(blocks, x):
+        return (blocks.__class__(tripled(blocks.stacked), num_layers).fold(x, shift, per_layer=gains) ** 2).sum()
+
+    value, grads = jax.value_and_grad(ahead, argnums=(0, 1))(blocks, inputs())
+    expected, expected_grads = jax.value_and_grad(in_turn, argnums=(0, 1))(blocks, inputs())
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_of_layers_made_ahead_the_carries_are_kept_and_no_weights():
+    blocks = stack(12)
+    forward = jax.jit(lambda blocks: jax.vjp(lambda b: b.fold(inputs(), 2, remat="full", prefetch=tripled), blocks))
+    shapes = sorted(r.shape for r in jax.tree.leaves(forward(blocks)[1]) if r.ndim > 1)
+    assert shapes == [(SIZE, SIZE), (12, ROWS, SIZE), (12, SIZE, SIZE)]  # the last layer's weight; carries; the stack
+
+
+@pytest.mark.parametrize(
+    ("types", "options", "said"),
+    [
+        ((Layer,), {"remat": "none"}, "not 1, 'none' and 1"),
+        ((Layer,), {"remat": "full", "unroll": 2}, "not 1, 'full' and 2"),
+        ((Layer, Other), {"remat": "full"}, "not 2, 'full' and 1"),
+        ((Layer,), {"remat": "full", "per_layer": jnp.ones(12)}, r"per_layer\)\[1\] is float32\[12\]"),
+        ((Layer,), {"remat": "full", "per_layer": jnp.arange(11)}, "its leading axis must be 12"),
+    ],
+)
+def test_what_cannot_be_made_ahead_is_refused(types, options, said):
+    with pytest.raises(ValueError, match=said):
+        stack(types=types).fold(inputs(), jnp.int32(0), prefetch=tripled, **options)
+
+
 class Probed(Layer):
     @staticmethod
     def init(size, *, key):

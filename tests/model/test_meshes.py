@@ -136,6 +136,16 @@ def test_in_a_ring(sizes, rows):
     assert not any("all-to-all" in counts for counts in found.values())
 
 
+@pytest.mark.parametrize("sizes", [(1, 8, 1, 1, 1), (1, 2, 2, 1, 2)], ids=ids)
+def test_weights_gathered_ahead(sizes):
+    """The next layer's, and after the last the last one's again; the backward pass gathers them once more."""
+    with mock.patch.dict(SIZES, {"num_layers": 4, "remat": "full", "prefetch": True}):
+        found = check("array_stacked", sizes)
+    only_sums_and_gathers(found)
+    if sizes[1] == 8:
+        assert set(found) == {"data"}
+
+
 def test_experts_along_one_axis():
     assert check("moe", (1, 1, 1, 8, 1)) == {"expert": EXPECTED["moe"]["expert"]}
 
