@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from grug_kernels.stacked.scan import as_sliced
 
-# (carry, block, *extras) -> carry
+# (carry, block, shared, its slice of per_layer) -> carry
 Layer = Callable[..., Any]
 Gathered = Callable[[Any], Any]
 
