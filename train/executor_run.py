@@ -38,6 +38,7 @@ from train.executor_steps import Planned
 from train.git import commit
 from train.rundir import say
 from train.stopping import SIGNALS, Stopped, catch_signals
+from train.tpu_flags import set_up_libtpu
 
 _SPAWN = multiprocessing.get_context("spawn")  # forked, a process that has started jax would hang
 
@@ -131,6 +132,7 @@ def _start(task: Task, env: Mapping[str, str]) -> BaseProcess:
     process = _SPAWN.Process(target=_main, args=(task,), name=task.name)
     before = dict(os.environ)
     os.environ.update(env)  # here and not in the process itself: jax reads some of them when it is imported
+    set_up_libtpu()
     try:
         process.start()
     finally:

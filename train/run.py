@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import importlib
 import logging
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from train.knobs import only_the_knobs
 from train.last_words import LOST, ends_together, lost
 from train.rundir import from_dict, read_config, say_here
 from train.stopping import catch_signals
+from train.tpu_flags import set_up_libtpu
 
 VARIANTS = Path(__file__).parent.parent / "grug_model"
 
@@ -64,7 +64,7 @@ class Options(Choose):
 def main(argv: list[str] | None = None, *, variant: str | None = None) -> None:
     """Parses the command line, then trains. `variant` is the one a variant's own launch.py names."""
     argv = sys.argv[1:] if argv is None else argv
-    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    set_up_libtpu()
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("train").setLevel(logging.INFO)
     with ends_together():

@@ -25,6 +25,7 @@ from jax._src.interpreters import pxla  # what jax compiles a lowered function w
 from bench.tpu.buffers import Layout, read_layout
 from bench.tpu.topology import Topology
 from grug_kernels import dispatch
+from train.tpu_flags import libtpu_init_args
 
 Stage = Literal["trace", "lower", "compile"]
 
@@ -207,7 +208,10 @@ def compiled(lowered: Lowered, *, schedules: bool) -> Iterator[Compiled]:
 
 
 def _run_worker(directory: Path, topology: str, schedules: bool) -> None:
-    flags = [os.environ.get("LIBTPU_INIT_ARGS", ""), _DUMP_FLAGS.format(directory) if schedules else ""]
+    flags = [
+        libtpu_init_args(os.environ.get("LIBTPU_INIT_ARGS", "")),  # as in a run
+        _DUMP_FLAGS.format(directory) if schedules else "",
+    ]
     xla_flags = [os.environ.get("XLA_FLAGS", ""), _XLA_DUMP_FLAGS.format(directory) if schedules else ""]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")])),
