@@ -71,18 +71,10 @@ SIZES = [
 ]
 # The same model on the same slice, split in other ways.
 SPLITS = [
-    *_line("7b", "v5p", (256,), model=2),
     *_line("7b", "v5p", (256,), model=4),
     *_line("7b", "v5p", (256,), context=2),
-    *_line("7b", "v5p", (1024,), model=8),
-    *_line("70b", "v5p", (256,)),
-    *_line("70b", "v5p", (256,), context=4),
     *_line("7b", "v5p", (1024,), model=2, replica=2),
     *_line("7b", "v5p", (1024,), context=2, replica=4),
     *_line("70b", "v5p", (1024,), replica=4),
-    *_line("70b", "v5p", (1024,), model=2, replica=2),
-    *_line("70b", "v5p", (1024,), model=8),
-    *_line("7b", "v6e", (256,), model=2),
-    *_line("7b", "v6e", (256,), model=4),
 ]
 CASES = list(dict.fromkeys([*SIZES, *SPLITS]))

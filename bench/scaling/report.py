@@ -56,7 +56,7 @@ def page(rows: Mapping[Case, Row]) -> str:
     for preset, cases in groupby((case for case in _ordered(CASES) if case in rows), key=lambda case: case.preset):
         found = [rows[case] for case in cases]
         parts += [f"\n## {preset}\n", *markdown([HEADER, *map(_cells, found)])]
-        parts += [f"\n{row.case.topology}, {row.case.split}: {row.why}." for row in found if row.why]
+        parts += [f"\n{row.case.topology}, {row.case.split}: {row.why.rstrip('.')}." for row in found if row.why]
     made = sorted({row.made for row in rows.values()})
     missing = [f"{case.preset} {case.topology} {case.split}" for case in CASES if case not in rows]
     parts.append(f"\nCompiled {'; '.join(made)}.")

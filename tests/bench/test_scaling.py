@@ -28,7 +28,7 @@ SMALL = Row(
 )
 LARGE = replace(
     SMALL,
-    case=Case("7b", "v5p", 256, model=2),
+    case=Case("7b", "v5p", 256, model=4),
     milliseconds={"compute": 11.0, "waiting for HBM": 1.0, "waiting for the interconnect": 8.0},
 )
 REFUSED = replace(
@@ -76,7 +76,7 @@ def test_the_report():
     small, large, refused = cells
     assert small[:6] == ["v5p:2x2x1", "4", "data", "128", "7.50", "4"]
     assert small[6:] == ["12.0", "800.0", "700.0", "90.0", "10.0", "40.0", "38.0", "2.62M"]
-    assert large[:3] == ["v5p:4x8x8", "256", "model 2"]
+    assert large[:3] == ["v5p:4x8x8", "256", "model 4"]
     assert refused[4] == "**40.00** of 31"
     assert refused[6:] == ["–"] * 8
     assert "v6e:8x8, data: too large." in text
@@ -98,11 +98,11 @@ def test_pictures_show_what_there_is():
     assert "7b" not in sizes
     assert splits is None  # nothing to compare with
     other = replace(LARGE, case=Case("7b", "v5p", 256))
-    assert "model 2: 2.44 s" in (report.splits(ROWS | {other.case: other}) or "")
+    assert "model 4: 2.44 s" in (report.splits(ROWS | {other.case: other}) or "")
     assert memory is not None
     assert "40.0 GiB, does not fit" in memory
     assert report.sizes({}) is None
 
 
 def test_words_choose():
-    assert command.words(Case("7b", "v5p", 256, model=2)) == {"7b", "v5p", "256", "model2"}
+    assert command.words(Case("7b", "v5p", 256, model=4)) == {"7b", "v5p", "256", "model4"}
