@@ -3,12 +3,12 @@
 
 import contextlib
 import logging
+import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from train.checkpoint_files import DISK_ERRORS
 from train.failure import ERROR, explains_itself
 from train.rundir import say
-from train.tpu_flags import set_up_libtpu
 
 
 def exit_code_of(error: Exception) -> int:
@@ -24,7 +24,7 @@ def errors_explained() -> Iterator[None]:
 
     Exit codes: 2; 4 where a disk cannot be written; 130 for Ctrl-C, 143 for SIGTERM where that is caught.
     """
-    set_up_libtpu()
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     try:
         yield

@@ -122,10 +122,18 @@ def choose[C: Choose](argv: list[str], default: C) -> tuple[C, Any]:
     if chosen.config:
         start = from_dict(start, _fields_in(chosen.config), str(chosen.config))
     if saved is not None:
-        start = from_dict(start, saved, str(chosen.resume))
+        start = from_dict(start, saved | {"model": _shared(saved["model"], start.model)}, str(chosen.resume))
         load = dataclasses.replace(start.trainer, load_checkpoint=True)
         start = dataclasses.replace(start, trainer=load, output_path=str(known.resume))
     return chosen, start
+
+
+def _shared(saved: dict[str, Any], model: Any) -> dict[str, Any]:
+    """The saved model's fields without those that this variant's model lacks and that were off."""
+    fields = {field.name for field in dataclasses.fields(model)}
+    return {
+        name: value for name, value in saved.items() if name in fields or (value is not False and value is not None)
+    }
 
 
 def _fields_in(file: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from train.command import errors_explained
 from train.run import Choose, choose, parse
 from train.rundir import check_fit, hash_of, say
 from train.stopping import catch_signals
+from train.tpu_flags import set_up_libtpu
 
 from . import contract, cost, runs
 from .card import Card, Row
@@ -41,6 +42,7 @@ OURS = (
 
 def main(argv: list[str] | None = None) -> None:
     options, flags = _options(sys.argv[1:] if argv is None else argv)
+    set_up_libtpu()
     with errors_explained():
         card = score(options, flags)
         page = keep(card)

@@ -118,7 +118,7 @@ def copy(config: Write) -> None:
 
 
 def environment(config: Write) -> None:
-    Path(config.out).write_text(os.environ.get("OF_THE_STEP", "nothing"))
+    Path(config.out).write_text(f"{os.environ.get('OF_THE_STEP', 'nothing')} {os.environ['LIBTPU_INIT_ARGS']}")
 
 
 if __name__ == "__main__":

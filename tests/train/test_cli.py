@@ -123,6 +123,12 @@ def test_a_stopped_run_goes_on_as_its_own_variant_or_as_the_one_that_is_named(la
     assert {config.model.hidden_dim for _, config in launched} == {16}
 
 
+def test_what_another_variant_cannot_do_is_refused_where_it_was_on(launched):
+    run(*flags(), "--model.prefetch", "--model.remat", "full", "--run-id", "ahead")
+    open_run(*launched[0]).write_config(launched[0][1])
+    fails(run("--resume", "runs/ahead", "--variant", "base"), "['prefetch'] is no field of GrugModelConfig")
+
+
 def test_sizes_that_do_not_fit_are_refused_before_anything_is_written():
     fails(run(*flags({"--model.num-heads": 5, "--model.num-kv-heads": 2})), "num_heads=5", "num_kv_heads=2")
     fails(run(*flags({"--trainer.seq-len": 33})), "trainer.seq_len=33 is longer than model.max_seq_len=32")

@@ -22,6 +22,7 @@ from train.executor import ExecutorStep, Resources, execute, executor_main, this
 from train.executor_status import INFO, STATUS, Status, commit, holder, lock, read_status, write_status
 from train.executor_steps import plan
 from train.stopping import SIGNALS
+from train.tpu_flags import libtpu_init_args
 
 ROOT = Path(__file__).parents[2]
 CPU = Resources(accelerator=False)
@@ -242,12 +243,14 @@ def test_after_a_signal_none_is_begun_also_while_one_runs_on(here, capfd):
 
 def test_a_step_has_its_own_environment(monkeypatch):
     monkeypatch.delenv("OF_THE_STEP", raising=False)
-    resources = Resources(env={"OF_THE_STEP": "something"})
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    resources = Resources(env={"OF_THE_STEP": "something", "LIBTPU_INIT_ARGS": "--own=1"})
     made = ExecutorStep("made", steps.environment, Write(out=this_output_path("out.txt")), resources)
     other = dataclasses.replace(made, name="other", resources=Resources())
     assert execute([made, other]) == 0
-    assert (lines(made), lines(other)) == (["something"], ["nothing"])
-    assert "OF_THE_STEP" not in os.environ
+    assert lines(made) == ["something", *libtpu_init_args("--own=1").split()]
+    assert lines(other) == ["nothing", *libtpu_init_args().split()]
+    assert not {"OF_THE_STEP", "LIBTPU_INIT_ARGS"} & os.environ.keys()
 
 
 def test_the_tutorial_does_what_it_says(here):

@@ -97,8 +97,9 @@ SHIPPED = [".gitignore", "committed.py", "new.py"]
 
 
 @pytest.fixture
-def launch(capfd):
+def launch(capfd, monkeypatch):
     """Runs the command; its exit code and what was printed, in which no secret may stand."""
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)  # of a run in a test before
 
     def run(*argv: str) -> argparse.Namespace:
         with pytest.raises(SystemExit) as ended:

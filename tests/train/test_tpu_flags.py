@@ -34,13 +34,13 @@ def test_the_users_own_flags_stay(own, all_of_them):
     assert tpu_flags.libtpu_init_args(own) == all_of_them
 
 
-@pytest.mark.parametrize("module", ["train.run", "train.plan", "grug_model.base.launch"])
-def test_commands_set_them_before_jax_is_used(module):
-    """Each ends at once, for a preset that there is not."""
+@pytest.mark.parametrize("module, argv", [("train.run", ["--preset", "none"]), ("grug_model.score", ["none", "base"])])
+def test_commands_that_train_set_them_before_jax_is_used(module, argv):
+    """Each ends at once, for a preset or a variant that there is not."""
     program = (
         "import atexit, os, runpy, sys\n"
         "atexit.register(lambda: print('FLAGS', os.environ['LIBTPU_INIT_ARGS']))\n"
-        f"sys.argv = ['x', '--preset', 'none-such']\nrunpy.run_module({module!r}, run_name='__main__')"
+        f"sys.argv = {['x', *argv]!r}\nrunpy.run_module({module!r}, run_name='__main__')"
     )
     environment = os.environ | {"LIBTPU_INIT_ARGS": "--own=1"}
     command = [sys.executable, "-c", program]
