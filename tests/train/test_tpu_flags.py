@@ -34,7 +34,9 @@ def test_the_users_own_flags_stay(own, all_of_them):
     assert tpu_flags.libtpu_init_args(own) == all_of_them
 
 
-@pytest.mark.parametrize("module, argv", [("train.run", ["--preset", "none"]), ("grug_model.score", ["none", "base"])])
+@pytest.mark.parametrize(
+    ("module", "argv"), [("train.run", ["--preset", "none"]), ("grug_model.score", ["none", "base"])]
+)
 def test_commands_that_train_set_them_before_jax_is_used(module, argv):
     """Each ends at once, for a preset or a variant that there is not."""
     program = (
