@@ -5,6 +5,7 @@ import glob
 import json
 import logging
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
@@ -235,11 +236,22 @@ def wandb_records(file):
         if (left := -at % 32768) < 7 and left:
             at += left
             continue
+        if at + 7 > len(content):
+            return
         length, kind = struct.unpack_from("<HB", content, at + 4)
+        if at + 7 + length > len(content):
+            return  # wandb's own process still writes it
         data = (b"" if kind in (1, 2) else data) + content[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):
             yield Record.FromString(data)
+
+
+def wandb_rows(file):
+    """By step."""
+    histories = [record.history for record in wandb_records(file) if record.WhichOneof("record_type") == "history"]
+    rows = [{"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in history.item} for history in histories]
+    return {row["_step"]: row for row in rows}
 
 
 def test_wandb_files_hold_every_row_beside_tensorboard(tmp_path, no_account, monkeypatch):
@@ -250,11 +262,11 @@ def test_wandb_files_hold_every_row_beside_tensorboard(tmp_path, no_account, mon
     rows = log_run(tmp_path, wandb="on")
     assert len(rows) == 3
     (file,) = glob.glob(f"{tmp_path}/wandb/offline-run-*/run-run.wandb")
-    logged = {}
-    for record in wandb_records(Path(file)):
-        if record.WhichOneof("record_type") == "history":
-            items = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-            logged[items["_step"]] = items
+    logged = wandb_rows(Path(file))
+    until = time.monotonic() + 60
+    while len(logged) < 3 and time.monotonic() < until:  # wandb's own process writes it, and on a busy machine late
+        time.sleep(0.2)
+        logged = wandb_rows(Path(file))
     assert [logged[step]["train/loss"] for step in (1, 2, 3)] == pytest.approx([2.5, 1.25, 2.5 / 3])
     assert logged[2]["grad/norm/total"] == 0.5
     assert logged[2]["grad/hist/blocks.0.w/histogram/_type"] == "histogram"
